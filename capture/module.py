@@ -1,0 +1,195 @@
+"""Export a module to a Program at ``Stage.ATEN``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from ..errors import Unsupported
+from ..ir.program import Program, Stage, Weights
+from ..ir.program import where as location
+
+# Shape checks that export leaves in the graph: the token-independence proof covers what they guard.
+_CHECKS = {
+    torch.ops.aten._assert_tensor_metadata.default,
+    torch.ops.aten._assert_scalar.default,
+    torch.ops.aten._assert_async.msg,
+    torch.ops.aten.sym_constrain_range_for_size.default,
+    torch.ops.aten.sym_constrain_range.default,
+}
+_EXAMPLE_TOKENS = 7
+
+
+class _Call(nn.Module):
+    """Gives every model one signature: (ids [1, T], positions [1, T] if it takes them) -> logits."""
+
+    def __init__(self, model: nn.Module, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.call = call
+
+    def forward(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        out = self.call(self.model, ids) if positions is None else self.call(self.model, ids, positions)
+        logits = getattr(out, "logits", out)
+        return logits[0] if isinstance(logits, tuple) else logits
+
+
+def capture(
+    model: nn.Module,
+    *,
+    call: Callable[..., Any] = lambda model, ids: model(ids),
+    takes_positions: bool = False,
+    example: Tensor | None = None,
+    max_positions: int,
+    name: str = "model",
+) -> Program:
+    """Trace ``call(model, ids[, positions]) -> logits [1, T, V]`` with symbolic T.
+
+    Raises Unsupported, with the place in the model, if the module cannot be exported that way.
+    """
+    ids = example if example is not None else torch.arange(_EXAMPLE_TOKENS)[None]
+    if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] < 3:
+        raise Unsupported(
+            reason=f"example ids have shape {tuple(ids.shape)}",
+            where="the example_ids argument",
+            advice="pass token ids of shape [1, T] with T of at least 3",
+        )
+    tokens = Dim("tokens", min=1, max=max_positions)
+    inputs = (ids, torch.arange(ids.shape[1])[None]) if takes_positions else (ids,)
+    with torch.no_grad():
+        exported = _export(_Call(model.eval(), call), inputs, tuple({1: tokens} for _ in inputs))
+    return _to_program(exported, max_positions, name)
+
+
+def _export(module: nn.Module, inputs: tuple[Tensor, ...], dynamic: Any) -> ExportedProgram:
+    try:
+        # Non-strict only: dynamo has been seen to fold a class test to the wrong constant.
+        # The empty table functionalizes and keeps linear and attention whole.
+        return torch.export.export(
+            module, inputs, dynamic_shapes=dynamic, strict=False,
+            prefer_deferred_runtime_asserts_over_guards=True,
+        ).run_decompositions({})  # fmt: skip
+    except Exception as error:
+        text = str(error)
+        raise Unsupported(
+            reason=f"the model cannot be traced with a variable number of tokens: {_gist(text)}",
+            where=_user_frame(error) or "torch.export",
+            advice=_export_advice(text),
+        ) from error
+
+
+def _gist(text: str) -> str:
+    """The first sentence of an exporter's message that says something."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0][:300] if lines else "no message"
+
+
+def _user_frame(error: BaseException) -> str:
+    """The innermost frame of the user's own code in the traceback."""
+    found, trace = "", error.__traceback__
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if "/torch/" not in file and not file.startswith("<") and "tokenmill" not in trace.tb_frame.f_globals.get("__name__", ""):
+            found = f"{file}:{trace.tb_lineno}, in {trace.tb_frame.f_code.co_name}"
+        trace = trace.tb_next
+    return found
+
+
+def _export_advice(text: str) -> str:
+    if re.search(r"data-dependent|GuardOnDataDependent|Could not guard", text):
+        return (
+            "the code branches on tensor values there: write it without Python ints from tensors "
+            "(torch.where and index_add_ over experts trace well), or register it as one custom op"
+        )
+    if "specialized" in text or "Constraints violated" in text:
+        return "the code fixes the number of tokens there: derive sizes from the input's shape"
+    return "make the module traceable by torch.export, or register the part as one custom op"
+
+
+def _to_program(exported: ExportedProgram, max_positions: int, name: str) -> Program:
+    graph, values = fx.Graph(), dict[fx.Node, fx.Node]()
+    weights, owner = _weights(exported)
+    specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
+    users = iter(("ids", "positions"))
+    for node in exported.graph.nodes:
+        if node.op == "placeholder":
+            spec = specs[node.name]
+            if spec.kind is InputKind.USER_INPUT:
+                values[node] = graph.placeholder(next(users))
+            else:
+                values[node] = graph.create_node("get_attr", owner[spec.target or spec.arg.name])
+        elif node.target in _CHECKS:
+            continue
+        elif node.op == "output":
+            graph.output(values[node.args[0][0]])
+        else:
+            values[node] = graph.node_copy(node, values.__getitem__)
+        if node in values:
+            values[node].meta = {
+                k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack", "stack_trace")
+            }
+    _drop_checks(graph)
+    logits = graph.output_node().args[0].meta["val"]
+    program = Program(
+        graph, weights, vocab=int(logits.shape[-1]), positions=max_positions, name=name,
+        stage=Stage.ATEN,
+    )  # fmt: skip
+    _ensure_positions(program)
+    _refuse_unbacked_output(program)
+    return program
+
+
+def _weights(exported: ExportedProgram) -> tuple[Weights, dict[str, str]]:
+    """Weights under the names the user knows; ``owner`` maps every traced name to its weight.
+
+    Tied parameters arrive under several names and become one weight.
+    """
+    given: dict[str, Tensor] = {}
+    owner: dict[str, str] = {}
+    seen: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
+    for traced, value in {**exported.state_dict, **exported.constants}.items():
+        if not isinstance(value, Tensor):
+            continue
+        tensor = value.detach()
+        name = traced.removeprefix("model.")
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if not tensor.is_meta and tensor.numel() and key in seen:
+            owner[traced] = seen[key]
+            continue
+        given[name], owner[traced] = tensor, name
+        seen[key] = name
+    return Weights(given), owner
+
+
+def _drop_checks(graph: fx.Graph) -> None:
+    """Erase the size arithmetic that only fed the checks."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op == "call_function":
+            graph.erase_node(node)
+
+
+def _ensure_positions(program: Program) -> None:
+    """A model that counts its own positions gets the input too; a pass makes it use it."""
+    if any(n.op == "placeholder" and n.target == "positions" for n in program.graph.nodes):
+        return
+    ids = program.input("ids")
+    with program.graph.inserting_after(ids):
+        node = program.graph.placeholder("positions")
+    node.meta["val"] = ids.meta["val"].clone()
+
+
+def _refuse_unbacked_output(program: Program) -> None:
+    value = program.output.args[0].meta["val"]
+    ids = program.input("ids").meta["val"]
+    if value.dim() != 3 or str(value.shape[1]) != str(ids.shape[1]):
+        raise Unsupported(
+            reason=f"the model returns {tuple(value.shape)} for ids {tuple(ids.shape)}",
+            where=location(program.output.args[0]),
+            advice="return logits of shape [1, T, vocabulary]",
+        )

@@ -1,0 +1,310 @@
+"""The command line: ``tokenmill optimize | run | eval | inspect | verify | doctor``.
+
+A command prints for people, or with ``--json`` exactly one JSON object, on standard output;
+progress, logs and errors go to standard error.  Exit status: 0 done, 1 a defect of tokenmill, 2 bad
+input (with the remedy), 130 interrupted.  What needs torch is imported by the commands that need
+it, so that ``run`` and ``--help`` start at once.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from .console import Progress, answering, facts_view, pairs, progress_bars
+from .errors import BadRequest
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+    from .runtime import Artifact
+
+app = typer.Typer(
+    name="tokenmill",
+    help="Compile a language model ahead of time, and run what comes out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Dir = Annotated[Path, typer.Argument(metavar="DIR", help="An artifact that `optimize` wrote.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+]
+
+
+def main() -> None:
+    """The entry point: a kill cleans up like Ctrl-C does."""
+    signal.signal(signal.SIGTERM, _terminated)
+    app(prog_name="tokenmill")
+
+
+def _terminated(number: int, _frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+
+@app.command()
+def optimize(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A checkpoint directory or a hub id.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where the artifact goes.")
+    ] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="What to compile for; may be repeated. [default: cpu]")
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="fp32, bf16, int8, int4 (or int4-g32, -g64, -g128), fp8. [default: bf16]",
+        ),
+    ] = None,
+    kv: Annotated[
+        str | None,
+        typer.Option(metavar="FORMAT", help="Of the cache: fp32, bf16, int8. [default: bf16]"),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A YAML recipe; the options above override it."),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Run the model before and after every pass.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the artifact at DIR if there is one.")
+    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Compile MODEL into the artifact DIR.
+
+    Weights go into formats that are safe by default: with --weights int4 only the routed experts
+    get four bits, and what loses most (the router, W_UK and W_UV, norms, embeddings) stays high.
+    """
+    with answering(as_json) as answer:
+        if output is None and not dry_run:
+            raise BadRequest(reason="no output directory", advice="pass -o DIR, or --dry-run")
+        wanted = _recipe(recipe, weights=weights, kv=kv, targets=target)
+        from . import api
+
+        with progress_bars() as progress:
+            compiled = api.optimize(
+                model,
+                None if dry_run else output,
+                recipe=wanted,
+                check=check,
+                dry_run=dry_run,
+                force=force,
+                trust_remote_code=trust_remote_code,
+                progress=progress,
+            )
+        path = None if dry_run else str(output)
+        answer.data = _public(compiled.facts) | {"path": path, "recipe": wanted.dump()}
+        answer.shown = facts_view(compiled.facts)
+        answer.shown.append(f"\nwould write {output}" if dry_run and output else "")
+        if path:
+            answer.shown.append(f"wrote {path} (open {path}/report.html for the details)")
+
+
+@app.command()
+def run(
+    directory: Dir,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="0 takes the likeliest token each time.")
+    ] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample among so many tokens; 0: all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, help="Sample among the likeliest with this mass.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling; the same seed, the same text.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text; repeatable.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a text with the artifact DIR.
+
+    The text appears as it is generated.  With --json: text, tokens, finish_reason, prompt_tokens
+    and the seconds that prefill and decoding took.
+    """
+    with answering(as_json) as answer:
+        from .runtime import Session
+
+        how: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "seed": seed,
+            "stop": stop or (),
+        }
+        with Session(directory) as session:
+            if as_json:
+                answer.data = asdict(session.generate(prompt, **how)[0])
+                return
+            for piece in session.stream(prompt, **how):
+                answer.stdout.write(piece.text)
+                answer.stdout.flush()
+            answer.stdout.write("\n")
+
+
+@app.command("eval")
+def eval_(
+    directory: Dir,
+    text: Annotated[
+        Path, typer.Option(metavar="FILE", help="UTF-8 text that the model never saw.")
+    ],
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="The original: compare with it, run eagerly in fp32."),
+    ] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens that are run together.")] = 512,
+    stride: Annotated[int, typer.Option(min=1, help="Tokens from one window to the next.")] = 256,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Measure how well the artifact DIR predicts a text.
+
+    Gives bits per byte and perplexity; with --against also the KL divergence from the original, how
+    often both choose the same token, and the largest error of a logit.
+    """
+    with answering(as_json) as answer:
+        from .evaluate import evaluate, read_text
+        from .runtime import Session
+
+        words = read_text(text)
+        with Session(directory) as session, progress_bars() as progress:
+            original = None
+            if against is not None:
+                from . import api
+
+                original = api.original(against, trust_remote_code=trust_remote_code)
+            answer.data = evaluate(session, words, original, window, stride, progress)
+        answer.shown = [pairs({name: f"{value:.6g}" for name, value in answer.data.items()})]
+
+
+@app.command()
+def inspect(
+    subject: Annotated[
+        str, typer.Argument(metavar="DIR|MODEL", help="An artifact, or a model to look into.")
+    ],
+    graph: Annotated[
+        str | None, typer.Option(metavar="STAGE", help="Print the graph at this stage.")
+    ] = None,
+    kernels: Annotated[bool, typer.Option("--kernels", help="Print the kernels' sources.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Show what an artifact is made of, or what would become of a model.
+
+    Sizes, passes, formats, kernels and the steps that are left to torch.  For a MODEL the compiler
+    runs without writing anything.
+    """
+    with answering(as_json) as answer:
+        with progress_bars() as progress:
+            found = _look_into(subject, trust_remote_code, progress)
+        answer.data = _public(found.facts)
+        answer.shown = facts_view(found.facts)
+        if graph is not None:
+            if graph not in found.graphs:
+                stages = ", ".join(found.graphs)
+                raise BadRequest(reason=f"no stage {graph!r}", advice=f"use one of {stages}")
+            answer.data["graph"] = found.graphs[graph]
+            answer.shown = [found.graphs[graph]]
+        if kernels:
+            answer.data["sources"] = found.sources
+            answer.shown = [f"// {name}\n{text}" for name, text in found.sources.items()]
+
+
+@app.command()
+def verify(directory: Dir, as_json: Json = False) -> None:
+    """Prove that the artifact DIR is whole and that its kernels come from its plan.
+
+    Every file is compared with its hash, and every kernel is emitted again and compared.
+    """
+    with answering(as_json) as answer:
+        from . import api
+
+        answer.data = api.verify(directory)
+        answer.shown = [pairs({name: str(value) for name, value in answer.data.items()})]
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine can build and run, and how to get what is missing."""
+    with answering(as_json) as answer:
+        from .doctor import diagnose, view
+
+        answer.data = diagnose()
+        answer.shown = view(answer.data)
+
+
+# --- helpers --------------------------------------------------------------------------------------
+
+
+def _recipe(file: Path | None, **options: Any) -> Recipe:
+    """The recipe of a file, with the options that were given in its place."""
+    from .recipe import Recipe
+
+    base = Recipe.load(file).dump() if file else {}
+    given = {name: value for name, value in options.items() if value is not None}
+    return Recipe.model_validate(base | given)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What one can see of a compiled model: facts, graphs by stage, kernel sources by file."""
+
+    facts: Mapping[str, Any]
+    graphs: Mapping[str, str]
+    sources: Mapping[str, str]
+
+
+def _look_into(subject: str, trust_remote_code: bool, progress: Progress | None) -> _Subject:
+    from .runtime import Artifact
+
+    if (Path(subject) / "manifest.json").exists():
+        return _artifact_subject(Artifact.open(subject))
+    from . import api
+
+    compiled = api.optimize(
+        subject, dry_run=True, trust_remote_code=trust_remote_code, progress=progress
+    )
+    return _Subject(compiled.facts, compiled.graphs, compiled.sources)
+
+
+def _artifact_subject(artifact: Artifact) -> _Subject:
+    names = sorted(artifact.manifest.files)
+    texts = {
+        name: (artifact.path / name).read_text("utf-8")
+        for name in names
+        if name.startswith("graphs/") or (name.startswith("kernels/") and not _is_binary(name))
+    }
+    graphs = {Path(n).stem: text for n, text in texts.items() if n.startswith("graphs/")}
+    sources = {name: text for name, text in texts.items() if name.startswith("kernels/")}
+    return _Subject(artifact.manifest.report, graphs, sources)
+
+
+def _is_binary(name: str) -> bool:
+    return name.endswith((".so", ".cubin"))
+
+
+def _public(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts without the drawing, which only the HTML report uses."""
+    return {name: value for name, value in facts.items() if name != "layer"}

@@ -1,0 +1,82 @@
+"""From emitted C++ to a shared library, with whatever compiler the machine has.
+
+The same text and compiler give the same bytes: compilation runs in a fresh directory with relative
+names, and nothing of the path or the clock enters the binary.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..errors import BuildFailed, CompilerMissing
+from .cpp.target import CpuTarget
+
+MAIN = "step.cpp"
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-shared",
+    "-fvisibility=hidden",
+    "-fno-exceptions",
+    "-fno-rtti",
+    # IEEE semantics stay (masks rely on infinities, bit-equality on the order of sums); only what no
+    # kernel looks at is given up.
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-Wno-psabi",
+    "-pthread",
+    "-Wl,--build-id=none",
+)
+
+
+@lru_cache(maxsize=1)
+def compiler() -> tuple[str, ...]:
+    """The command: ``$CXX``, else g++, clang++, else the clang inside the PyPI package ziglang."""
+    if chosen := os.environ.get("CXX"):
+        return tuple(shlex.split(chosen))
+    for name in ("g++", "clang++"):
+        if path := shutil.which(name):
+            return (path,)
+    if find_spec("ziglang") is not None:
+        return (sys.executable, "-m", "ziglang", "c++")
+    raise CompilerMissing(tried="CXX, g++, clang++, python -m ziglang c++")
+
+
+@lru_cache(maxsize=1)
+def toolchain() -> str:
+    """Name and version of the compiler, for the manifest."""
+    command = compiler()
+    name = "zig c++" if "ziglang" in command else Path(command[0]).name
+    try:
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise CompilerMissing(tried=f"{shlex.join(command)}: {error}") from error
+    return f"{name}: {done.stdout.splitlines()[0]}"
+
+
+def build_cpu(files: Mapping[str, str], target: CpuTarget) -> bytes:
+    """The shared library of emitted ``files``."""
+    with tempfile.TemporaryDirectory(prefix="tokenmill-") as directory:
+        root = Path(directory)
+        for name, text in files.items():
+            (root / name).write_text(text)
+        command = [*compiler(), *target.flags, *FLAGS, f"-ffile-prefix-map={directory}=."]
+        command += [MAIN, "-o", "step.so"]
+        try:
+            done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+        except OSError as error:
+            raise CompilerMissing(tried=f"{shlex.join(compiler())}: {error}") from error
+        if done.returncode != 0:
+            raise BuildFailed(file=MAIN, log=(done.stderr or done.stdout).strip())
+        return (root / "step.so").read_bytes()

@@ -1,0 +1,64 @@
+"""CacheWrite: store each token's parts in its row of the paged cache."""
+
+from __future__ import annotations
+
+from ...ir.cache import CacheSpec
+from ...ir.plan import CacheWrite
+from .text import fill
+
+HEADER = "cache.h"
+
+
+def cache_type(fmt: str) -> str:
+    """The row codec of a cache format in cache.h."""
+    return {"fp32": "CacheFp32", "bf16": "CacheBf16", "int8": "CacheInt8"}[fmt]
+
+
+def spans(cache: CacheSpec) -> list[str]:
+    """The ``Span`` of each part of a row."""
+    found = []
+    column, scale = 0, cache.scale_offset
+    for part in cache.parts:
+        found.append(f"{{{column}, {part.width}, {part.tile}, {scale}}}")
+        column += part.width
+        scale += 4 * part.tiles
+    return found
+
+
+def symbol(spec: CacheWrite) -> str:
+    parts = "_".join(f"{p.name}{p.width}" for p in spec.parts)
+    return f"cache_write_{parts}_{spec.format}"
+
+
+def emit(spec: CacheWrite, name: str) -> str:
+    return fill(
+        TEMPLATE,
+        symbol=name,
+        parts=", ".join(f"{p.name} [{p.width}]" for p in spec.parts),
+        codec=cache_type(spec.format),
+        row_bytes=spec.cache.row_bytes,
+        params="".join(f", Rows<float> p{i}" for i in range(len(spec.parts))),
+        writes="\n".join(
+            f"{cache_type(spec.format)}::encode(row, Span{span}, p{i}[t]);"
+            for i, span in enumerate(spans(spec.cache))
+        ),
+    )
+
+
+TEMPLATE = """
+    // cache[block_table[b, p / 64], p % 64] = $parts of token t, at position p of sequence b
+    namespace $symbol {
+    constexpr int ROW_BYTES = $row_bytes;
+    constexpr size_t SHARED = 0, LOCAL = 0;
+
+    TM_NOINLINE void run(Thread &th, int rows$params, void *cache) {
+      const tm_args &a = *th.args;
+      int b = 0;
+      for (int t = th.share(rows, 0); t < th.share(rows, 1); t++) {
+        b = sequence_of(a.starts, t, b);
+        uint8_t *row = cache_row((uint8_t *)cache, ROW_BYTES, a.block_table + b * a.table_stride, a.positions[t]);
+        $writes
+      }
+    }
+    }  // namespace $symbol
+"""

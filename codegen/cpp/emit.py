@@ -1,0 +1,199 @@
+"""From a plan to C++ text: the support headers, one header per kernel kind, and ``step.cpp``.
+
+Pure: the same plan and target give the same bytes.  ``step.cpp`` includes everything, so the library is
+one translation unit; ``codegen/ABI.md`` is the interface that it exports.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from types import ModuleType
+
+from ...ir.plan import DTYPE_BYTES, Extern, KernelSpec, Operand, Plan, Step
+from . import (
+    attend,
+    cache_write,
+    embed,
+    experts,
+    latent_attend,
+    linear,
+    norm,
+    pointwise,
+    rope,
+    route,
+    select_rows,
+)
+from .target import CpuTarget
+from .text import fill
+
+EMITTERS: dict[str, ModuleType] = {
+    "embed": embed,
+    "select_rows": select_rows,
+    "norm": norm,
+    "linear": linear,
+    "pointwise": pointwise,
+    "rope": rope,
+    "cache_write": cache_write,
+    "attend": attend,
+    "latent_attend": latent_attend,
+    "route": route,
+    "experts": experts,
+}
+SUPPORT = ("simd.h", "weights.h", "matmul.h", "pool.h", "cache.h", "attention.h", "route.h")
+INPUTS = {
+    "ids": "a.ids",
+    "positions": "a.positions",
+    "rows": "a.row_index",
+    "starts": "a.starts",
+    "block_table": "a.block_table",
+}
+C_TYPES = {"f32": "float", "i32": "int32_t"}
+ROWS = {"tokens": "a.tokens", "rows": "a.rows", "fixed": "1"}
+
+
+def emit(plan: Plan, target: CpuTarget) -> dict[str, str]:
+    """File name -> text, ``step.cpp`` being the one to compile."""
+    symbols = _symbols(plan)
+    sources = {name: _support(name) for name in SUPPORT}
+    for kind in EMITTERS:
+        kernels = {s: n for s, n in symbols.items() if s.kind == kind}
+        if kernels:
+            sources[f"{kind}_kernels.h"] = _kind_header(kind, kernels)
+    sources["step.cpp"] = _step_file(plan, target, symbols)
+    return sources
+
+
+def _support(name: str) -> str:
+    return files(__package__).joinpath(name).read_text()
+
+
+def _symbols(plan: Plan) -> dict[KernelSpec, str]:
+    """A readable name per kernel; specs that differ in something the name omits get a number."""
+    symbols: dict[KernelSpec, str] = {}
+    used: dict[str, int] = {}
+    for spec in plan.specs:
+        if isinstance(spec, Extern):
+            continue
+        base = EMITTERS[spec.kind].symbol(spec)
+        used[base] = used.get(base, 0) + 1
+        symbols[spec] = base if used[base] == 1 else f"{base}_v{used[base]}"
+    return symbols
+
+
+def _kind_header(kind: str, kernels: dict[KernelSpec, str]) -> str:
+    module = EMITTERS[kind]
+    body = "\n".join(module.emit(spec, name) for spec, name in kernels.items())
+    about = (module.__doc__ or "").strip().split("\n")[0]
+    return f'// {about}\n#pragma once\n#include "{module.HEADER}"\n\nnamespace tm {{\n\n{body}\n}}  // namespace tm\n'
+
+
+def _step_file(plan: Plan, target: CpuTarget, symbols: dict[KernelSpec, str]) -> str:
+    kinds = [k for k in EMITTERS if any(s.kind == k for s in symbols)]
+    return fill(
+        STEP_FILE,
+        vector_bytes=target.vector_bytes,
+        isa=target.isa,
+        max_rows=max(plan.capacity.tokens, plan.capacity.rows, 1),
+        includes="\n".join(f'#include "{kind}_kernels.h"' for kind in kinds),
+        shared=_largest(symbols, "SHARED"),
+        local=_largest(symbols, "LOCAL"),
+        cases="\n".join(_case(plan, i, step, symbols) for i, step in enumerate(plan.steps)),
+        externs=_extern_checks(plan),
+    )
+
+
+def _largest(symbols: dict[KernelSpec, str], constant: str) -> str:
+    return "".join(f", {name}::{constant}" for name in symbols.values())
+
+
+def _extern_checks(plan: Plan) -> str:
+    at = [i for i, step in enumerate(plan.steps) if isinstance(step.spec, Extern)]
+    return "\n".join(f"if (first <= {i} && {i} < last) return 1;" for i in at)
+
+
+def _case(plan: Plan, index: int, step: Step, symbols: dict[KernelSpec, str]) -> str:
+    where = " ".join(step.where.split())
+    if isinstance(step.spec, Extern):
+        return f"// {index}: {step.spec.op} runs in torch ({where})"
+    args = ", ".join(_argument(plan, step.bind[p]) for p in step.spec.params)
+    call = f"{symbols[step.spec]}::run(th, {ROWS[step.rows]}, {args});"
+    return f"case {index}:  // {where}\n  return {call}"
+
+
+def _argument(plan: Plan, operand: Operand) -> str:
+    """How a kernel gets an operand: a row view for the arena, a pointer for the rest."""
+    buffer = plan.buffers[operand.buffer]
+    match buffer.kind:
+        case "input":
+            return INPUTS[buffer.name]
+        case "weight":
+            weights = [b.name for b in plan.buffers.values() if b.kind == "weight"]
+            return f"a.weights[{weights.index(buffer.name)}]"
+        case "cache":
+            return f"a.caches[{[c.name for c in plan.caches].index(buffer.name)}]"
+        case "arena":
+            at = buffer.offset + operand.column * DTYPE_BYTES[buffer.dtype]
+            return f"view<{C_TYPES[buffer.dtype]}>(a, {at}, {buffer.width})"
+
+
+STEP_FILE = """
+    // The whole step as one program: what tm_run executes, in order.
+    #define TM_VECTOR_BYTES $vector_bytes
+    namespace tm {
+    constexpr int MAX_ROWS = $max_rows;  // tokens or output rows that a step may carry
+    }
+    $includes
+    #include "pool.h"
+
+    namespace tm {
+
+    template <class T>
+    TM_INLINE Rows<T> view(const tm_args &a, size_t offset, int64_t width) {
+      return {(T *)(a.arena + offset), width};
+    }
+
+    // Scratch of the most demanding kernel; a thread's own part fills whole pairs of cache lines.
+    constexpr size_t largest(std::initializer_list<size_t> sizes) {
+      size_t most = 0;
+      for (size_t s : sizes) most = s > most ? s : most;
+      return (most + 127) / 128 * 128;
+    }
+    constexpr size_t SHARED_BYTES = largest({0$shared});
+    constexpr size_t LOCAL_BYTES = largest({0$local});
+
+    static void step(int index, Thread &th) {
+      const tm_args &a = *th.args;
+      switch (index) {
+        $cases
+      }
+    }
+
+    static void program(Thread &th, int first, int last) {
+      for (int i = first; i < last; i++) {
+        step(i, th);
+        th.barrier();
+      }
+    }
+
+    }  // namespace tm
+
+    #define TM_EXPORT extern "C" __attribute__((visibility("default")))
+
+    TM_EXPORT int32_t tm_abi_version(void) { return 1; }
+    TM_EXPORT const char *tm_isa(void) { return "$isa"; }
+    TM_EXPORT void *tm_pool_create(int32_t threads) {
+      return tm::pool_create(threads, tm::SHARED_BYTES, tm::LOCAL_BYTES, tm::program);
+    }
+    TM_EXPORT void tm_pool_destroy(void *pool) {
+      if (pool) tm::pool_destroy((tm::Pool *)pool);
+    }
+    TM_EXPORT int64_t tm_workspace_bytes(int32_t threads) {
+      return (int64_t)(tm::SHARED_BYTES + (size_t)threads * tm::LOCAL_BYTES);
+    }
+    // Steps [first, last); 1 if one of them is torch's to run.
+    TM_EXPORT int32_t tm_run(void *pool, const tm_args *args, int32_t first, int32_t last) {
+      $externs
+      tm::pool_run((tm::Pool *)pool, args, first, last);
+      return 0;
+    }
+"""

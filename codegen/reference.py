@@ -1,0 +1,290 @@
+"""The torch meaning of every kernel, so that a plan also runs without a compiler.
+
+One function per :data:`KernelSpec`, under the same stem as its emitters.  All compute in fp32 from the
+references of ``ir``: :func:`quant.dequantize`, :mod:`ir.cache`, :func:`router.route`, :func:`expr.evaluate`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ir import cache as kv
+from ..ir import expr, quant, router
+from ..ir.cache import Batch
+from ..ir.plan import (
+    Attend,
+    CacheWrite,
+    Embed,
+    Experts,
+    Extern,
+    KernelSpec,
+    LatentAttend,
+    Linear,
+    Norm,
+    Plan,
+    Pointwise,
+    Rope,
+    Route,
+    SelectRows,
+    Step,
+)
+
+Operands = Mapping[str, Tensor]
+Outputs = dict[str, Tensor]
+
+
+def run(spec: KernelSpec, operands: Operands, batch: Batch) -> Outputs:
+    """The outputs of one kernel by parameter name; a cache operand is written in place.
+
+    Activations are ``[rows, width]``; weights come in the parts that ``spec.params`` names.
+    """
+    return _RUN[spec.kind](spec, operands, batch)
+
+
+def run_plan(
+    plan: Plan,
+    weights: Operands,
+    caches: Operands,
+    ids: Tensor,
+    rows: Tensor,
+    batch: Batch,
+) -> Tensor:
+    """Logits ``[R, vocab]`` of one step; ``ids [T]``, ``rows [R]``, caches ``[pages, 64, row_bytes]``."""
+    values: dict[str, Tensor] = {
+        **weights,
+        **caches,
+        "ids": ids,
+        "rows": rows,
+        "positions": batch.positions,
+        "starts": batch.starts,
+        "block_table": batch.block_table,
+    }
+    for step in plan.steps:
+        operands = {p: _view(plan, step, p, values, len(ids), len(rows)) for p in step.spec.params}
+        for name, value in run(step.spec, operands, batch).items():
+            operands[name].copy_(value)
+    return values[plan.output]
+
+
+_DTYPES = {"f32": torch.float32, "i32": torch.int32, "i64": torch.int64, "bool": torch.bool}
+
+
+def _view(
+    plan: Plan, step: Step, param: str, values: dict[str, Tensor], tokens: int, rows: int
+) -> Tensor:
+    """An operand's columns; an arena buffer comes into being when it is first named."""
+    operand = step.bind[param]
+    buffer = plan.buffers[operand.buffer]
+    if buffer.kind != "arena":
+        return values[buffer.name]
+    if buffer.name not in values:
+        count = {"tokens": tokens, "rows": rows, "fixed": 1}[buffer.rows]
+        values[buffer.name] = torch.zeros(count, buffer.width, dtype=_DTYPES[buffer.dtype])
+    return values[buffer.name][:, operand.column : operand.column + _width(step.spec, param, buffer.width)]
+
+
+def _width(spec: KernelSpec, param: str, whole: int) -> int:
+    """Columns that a kernel reads or writes of an arena operand."""
+    match spec, param:
+        case Linear(), "x":
+            return spec.k
+        case Linear(), _:
+            return spec.n
+        case Norm(), _:
+            return spec.heads * spec.width
+        case Rope(), "cos" | "sin":
+            return spec.rotary // 2
+        case Rope(), _:
+            return spec.heads * spec.head_dim
+        case Pointwise(), str(p) if p != "out" and spec.inputs[int(p[1:])] == "scalar":
+            return 1
+        case (Embed() | SelectRows() | Pointwise()), _:
+            return spec.width
+        case CacheWrite(), _:
+            return spec.parts[int(param[1:])].width
+        case Attend(), "q":
+            return spec.heads * spec.head_dim
+        case Attend(), _:
+            return spec.heads * spec.value_dim
+        case LatentAttend(), "q":
+            return spec.heads * (spec.nope + spec.rope)
+        case LatentAttend(), _:
+            return spec.heads * spec.value
+        case Route(), "logits":
+            return spec.experts
+        case Route(), _:
+            return spec.router.top_k
+        case Experts(), "ids" | "weights":
+            return spec.top_k
+        case Experts(), _:
+            return spec.hidden
+    return whole
+
+
+# --- one meaning per kernel -------------------------------------------------------------------------
+
+
+def embed(spec: Embed, o: Operands, batch: Batch) -> Outputs:
+    return {"out": o["w"][o["index"].long()].float()}
+
+
+def select_rows(spec: SelectRows, o: Operands, batch: Batch) -> Outputs:
+    return {"out": o["x"][o["index"].long()]}
+
+
+def norm(spec: Norm, o: Operands, batch: Batch) -> Outputs:
+    total = o["x"] + o["residual"] if spec.residual else o["x"]
+    x = total.unflatten(-1, (spec.heads, spec.width))
+    if spec.center:
+        x = x - x.mean(-1, keepdim=True)
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + spec.eps)
+    x = x * o["weight"] if spec.weight else x
+    x = x + o["bias"] if spec.bias else x
+    return {"out": x.flatten(-2)} | ({"sum": total.clone()} if spec.residual else {})
+
+
+def _weight(o: Operands, fmt: str, k: int, prefix: str = "") -> Tensor:
+    spec = quant.parse(fmt)
+    return quant.dequantize({p: o[prefix + p] for p in spec.parts}, spec, k)
+
+
+def linear(spec: Linear, o: Operands, batch: Batch) -> Outputs:
+    y = o["x"] @ _weight(o, spec.format, spec.k).T
+    if spec.bias:
+        y = y + o["bias"]
+    acc = {f"acc{i}": part for i, part in enumerate(y.split(spec.n, -1))}
+    extras = {f"e{i}": o[f"e{i}"] for i in range(len(spec.extras))}
+    return {"out": expr.evaluate(expr.parse(spec.epilogue), acc | extras)}
+
+
+def pointwise(spec: Pointwise, o: Operands, batch: Batch) -> Outputs:
+    inputs = {f"x{i}": o[f"x{i}"] for i in range(len(spec.inputs))}
+    return {"out": expr.evaluate(expr.parse(spec.expr), inputs).expand(o["out"].shape)}
+
+
+def rope(spec: Rope, o: Operands, batch: Batch) -> Outputs:
+    x = o["x"].unflatten(-1, (spec.heads, spec.head_dim)).clone()
+    cos, sin = o["cos"][:, None], o["sin"][:, None]
+    part = x[..., spec.offset : spec.offset + spec.rotary]
+    shape = (-1, 2) if spec.interleaved else (2, -1)
+    a, b = part.unflatten(-1, shape).unbind(-1 if spec.interleaved else -2)
+    turned = torch.stack((a * cos - b * sin, b * cos + a * sin), -1 if spec.interleaved else -2)
+    part.copy_(turned.flatten(-2))
+    return {"out": x.flatten(-2)}
+
+
+def cache_write(spec: CacheWrite, o: Operands, batch: Batch) -> Outputs:
+    kv.write(spec.cache, o["cache"], batch, [o[f"p{i}"] for i in range(len(spec.parts))])
+    return {}
+
+
+def _spans(batch: Batch) -> list[tuple[int, int, int, int]]:
+    """(sequence, first token, end, length of its context after this step) of sequences with tokens."""
+    starts = batch.starts.tolist()
+    spans = zip(range(len(starts)), starts, starts[1:], strict=False)
+    return [(b, lo, hi, int(batch.positions[hi - 1]) + 1) for b, lo, hi in spans if hi > lo]
+
+
+def _visible(batch: Batch, lo: int, hi: int, length: int, window: int) -> Tensor:
+    """Which keys ``[hi - lo, length]`` each query sees."""
+    p, j = batch.positions[lo:hi, None], torch.arange(length)
+    return (j <= p) & (j > p - window) if window else j <= p
+
+
+def attend(spec: Attend, o: Operands, batch: Batch) -> Outputs:
+    out = torch.zeros(o["q"].shape[0], spec.heads, spec.value_dim)
+    group = spec.heads // spec.heads_kv
+    for b, lo, hi, length in _spans(batch):
+        key, value = kv.read(spec.cache, o["cache"], batch, b, length)
+        key = key.unflatten(-1, (spec.heads_kv, -1)).repeat_interleave(group, 1)
+        value = value.unflatten(-1, (spec.heads_kv, -1)).repeat_interleave(group, 1)
+        q = o["q"][lo:hi].unflatten(-1, (spec.heads, spec.head_dim))
+        score = torch.einsum("thd,jhd->htj", q, key) * spec.scale
+        if spec.softcap:
+            score = spec.softcap * torch.tanh(score / spec.softcap)
+        score = score.masked_fill(~_visible(batch, lo, hi, length, spec.window), -torch.inf)
+        if spec.sinks:
+            sinks = o["sinks"].float()[:, None, None].expand(-1, hi - lo, 1)
+            score = torch.cat([score, sinks], -1)
+        p = score.softmax(-1)[..., :length]
+        out[lo:hi] = torch.einsum("htj,jhv->thv", p, value)
+    return {"out": out.flatten(1)}
+
+
+def latent_attend(spec: LatentAttend, o: Operands, batch: Batch) -> Outputs:
+    out = torch.zeros(o["q"].shape[0], spec.heads, spec.value)
+    w_uk, w_uv = o["w_uk"].float(), o["w_uv"].float()
+    for b, lo, hi, length in _spans(batch):
+        latent, k_pe = kv.read(spec.cache, o["cache"], batch, b, length)
+        q = o["q"][lo:hi].unflatten(-1, (spec.heads, spec.nope + spec.rope))
+        q_nope, q_pe = q.split((spec.nope, spec.rope), -1)
+        q_latent = torch.einsum("thn,hnl->thl", q_nope, w_uk)
+        score = torch.einsum("thl,jl->htj", q_latent, latent) + torch.einsum("thr,jr->htj", q_pe, k_pe)
+        score = (score * spec.scale).masked_fill(~_visible(batch, lo, hi, length, 0), -torch.inf)
+        mixed = torch.einsum("htj,jl->thl", score.softmax(-1), latent)
+        out[lo:hi] = torch.einsum("thl,hvl->thv", mixed, w_uv)
+    return {"out": out.flatten(1)}
+
+
+def route(spec: Route, o: Operands, batch: Batch) -> Outputs:
+    ids, weights = router.route(o["logits"], o.get("bias"), spec.router)
+    return {"ids": ids, "weights": weights}
+
+
+def experts(spec: Experts, o: Operands, batch: Batch) -> Outputs:
+    x, ids = o["x"], o["ids"].long()
+    gate_up = _weight(o, spec.gate_up_format, spec.hidden, "gate_up_")
+    down = _weight(o, spec.down_format, spec.inter, "down_")
+    out = o["residual"].clone() if spec.residual else torch.zeros_like(x)
+    for e in ids.unique().tolist():
+        token, choice = (ids == e).nonzero(as_tuple=True)
+        inner = (x[token] @ gate_up[e].T).split(spec.inter, -1)
+        acc = {f"acc{i}": part for i, part in enumerate(inner)}
+        y = expr.evaluate(expr.parse(spec.activation), acc) @ down[e].T
+        out.index_add_(0, token, y * o["weights"][token, choice, None])
+    return {"out": out}
+
+
+def extern(spec: Extern, o: Operands, batch: Batch) -> Outputs:
+    """Call the op that ``spec.op`` names, such as ``aten.cumsum.default``."""
+    namespace, name, overload = spec.op.split(".")
+    op = getattr(getattr(getattr(torch.ops, namespace), name), overload)
+    args, kwargs = _fill_args(json.loads(spec.args), o, len(batch.positions))
+    return {"out": op(*args, **kwargs).reshape(o["out"].shape)}
+
+
+def _fill_args(data: Any, o: Operands, tokens: int) -> Any:
+    match data:
+        case {"operand": name}:
+            return o[name]
+        case {"size": "tokens"}:
+            return tokens
+        case dict():
+            return {k: _fill_args(v, o, tokens) for k, v in data.items()}
+        case list():
+            return [_fill_args(v, o, tokens) for v in data]
+    return data
+
+
+_RUN: dict[str, Callable[[Any, Operands, Batch], Outputs]] = {
+    f.__name__: f
+    for f in (
+        embed,
+        select_rows,
+        norm,
+        linear,
+        pointwise,
+        rope,
+        cache_write,
+        attend,
+        latent_attend,
+        route,
+        experts,
+        extern,
+    )
+}

@@ -1,0 +1,130 @@
+"""How commands talk: one answer on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, TextIO, TypeAlias
+
+import typer
+from rich import progress
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+from .errors import TokenmillError
+from .units import amount, ratio, seconds, size
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+
+
+class Answer:
+    """What a command says: ``data`` with --json, else ``shown``; ``stdout`` takes streamed text."""
+
+    def __init__(self, stdout: TextIO) -> None:
+        self.stdout = stdout
+        self.data: dict[str, Any] = {}
+        self.shown: list[RenderableType] = []
+
+
+@contextmanager
+def answering(as_json: bool) -> Iterator[Answer]:
+    """Print the answer at the end, or the error.  What libraries print meanwhile goes to stderr."""
+    answer = Answer(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield answer
+    except TokenmillError as error:
+        if as_json:
+            print(json.dumps({"error": error.message, "remedy": error.advice}))
+        _complain(error)
+        raise typer.Exit(2) from None
+    if as_json:
+        print(json.dumps(answer.data, allow_nan=False))
+        return
+    console = Console(highlight=False, markup=False)
+    for shown in answer.shown:
+        console.print(shown, soft_wrap=isinstance(shown, str))
+
+
+def _complain(error: TokenmillError) -> None:
+    console = Console(stderr=True, highlight=False, markup=False)
+    parts = (("error", "bold red", error.message), ("remedy", "bold", error.advice))
+    for label, style, text in parts:
+        if text:
+            console.print(f"{label}: ", style=style, end="")
+            console.print(text, soft_wrap=True)
+
+
+@contextmanager
+def progress_bars() -> Iterator[Progress | None]:
+    """A callback ``(what, done, total)`` that draws bars; None where nobody would see them."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+    )
+    with progress.Progress(*columns, console=console) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield report
+
+
+# --- views ----------------------------------------------------------------------------------------
+
+
+def pairs(values: Mapping[str, str]) -> Table:
+    """Names and values in two columns."""
+    table = Table.grid(padding=(0, 2))
+    for name, value in values.items():
+        table.add_row(name.replace("_", " "), value)
+    return table
+
+
+def facts_view(facts: Mapping[str, Any]) -> list[RenderableType]:
+    """What was, or would be, done to a model: sizes, passes, kernels."""
+    return ["", _sizes(facts), "", _passes(facts), "", _kernels(facts)]
+
+
+def _sizes(facts: Mapping[str, Any]) -> Table:
+    stored, original = facts["bytes"]["weights"], facts["bytes"]["original"]
+    cached, expanded = facts["kv_bytes_per_token"], facts["kv_bytes_per_token_expanded"]
+    model, parameters = facts["model"], facts["parameters"]
+    shares = sorted(facts["weights_by_format"].items(), key=lambda item: -item[1])
+    return pairs({
+        "model": f"{model['name']}: {model['layers']} layers, {model['positions']} positions",
+        "parameters": f"{amount(parameters['total'])}, {amount(parameters['active'])} active",
+        "weights": f"{size(original)} -> {size(stored)} ({ratio(original, stored)} smaller)",
+        "formats": ", ".join(f"{name} {share:.1%}" for name, share in shares),
+        "KV per token": f"{size(cached)} ({size(expanded)} with full keys and values)",
+        "peak memory": size(facts["peak_memory_bytes"]),
+        "targets": ", ".join(facts["targets"]),
+    })  # fmt: skip
+
+
+def _passes(facts: Mapping[str, Any]) -> Table:
+    table = Table("pass", box=None, pad_edge=False)
+    for name in ("matches", "nodes", "time", "error"):
+        table.add_column(name, justify="right")
+    for fact in facts["passes"]:
+        nodes = f"{fact['nodes_before']} -> {fact['nodes_after']}"
+        error = "" if fact["error"] is None else f"{fact['error']:.1e}"
+        table.add_row(fact["name"], str(fact["matches"]), nodes, seconds(fact["seconds"]), error)
+    return table
+
+
+def _kernels(facts: Mapping[str, Any]) -> str:
+    externs = facts["extern_steps"]
+    lines = [f"{len(facts['kernels'])} kernels, {len(externs)} steps left to torch"]
+    return "\n".join(lines + [f"  {step['op']} at {step['where']}" for step in externs])

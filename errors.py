@@ -1,0 +1,191 @@
+"""Every error a user can meet, in one catalogue.
+
+Each class states what is wrong, where in *the user's* model or file, and the remedy.  The command line
+prints these three parts and exits with status 2; nothing else is ever shown for bad input.
+
+>>> raise ModelNotFound(path="mdl")
+Traceback (most recent call last):
+...
+tokenmill.errors.ModelNotFound: no model directory at 'mdl'
+  remedy: pass a directory with config.json and *.safetensors, or a Hugging Face hub id
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class TokenmillError(Exception):
+    """Base of the catalogue: ``what`` and ``remedy`` are templates over the keyword arguments."""
+
+    what: ClassVar[str] = "{reason}"
+    remedy: ClassVar[str] = ""
+
+    def __init__(self, **facts: Any) -> None:
+        self.facts = facts
+        self.message = self.what.format(**facts)
+        self.advice = self.remedy.format(**facts)
+        super().__init__(self.message + (f"\n  remedy: {self.advice}" if self.advice else ""))
+
+
+# --- the model that comes in ------------------------------------------------------------------------
+
+
+class ModelNotFound(TokenmillError):
+    what = "no model directory at {path!r}"
+    remedy = "pass a directory with config.json and *.safetensors, or a Hugging Face hub id"
+
+
+class NotAModel(TokenmillError):
+    what = "{path!r} is not a model: {reason}"
+    remedy = "pass a directory that holds config.json and *.safetensors"
+
+
+class NeedsRemoteCode(TokenmillError):
+    what = "{path!r} asks to run its own Python code ({reason})"
+    remedy = "read that code, then pass --trust-remote-code if you trust it"
+
+
+class WeightsMissing(TokenmillError):
+    what = "{path!r} has a config but its weights are missing: {reason}"
+    remedy = "download the *.safetensors files too (all shards named in model.safetensors.index.json)"
+
+
+class WeightsDamaged(TokenmillError):
+    what = "{file}: {reason}"
+    remedy = "the file is truncated or altered: download it again"
+
+
+class WeightsMismatch(TokenmillError):
+    what = "tensor {name!r} does not fit the config: {reason}"
+    remedy = "use the config.json that belongs to these weights"
+
+
+class BadWeight(TokenmillError):
+    what = "tensor {name!r} holds {count} NaN or Inf values"
+    remedy = "the checkpoint is broken there (a diverged training run, or damage): use another one"
+
+
+class Unsupported(TokenmillError):
+    what = "{reason}\n  where: {where}"
+    remedy = "{advice}"
+
+
+class TokenMixing(TokenmillError):
+    what = "{op} mixes tokens outside attention\n  where: {where}"
+    remedy = (
+        "tokenmill batches tokens of many sequences in one step, which is only right when every other "
+        "op treats each token alone: express this as attention, or leave it out"
+    )
+
+
+class MissingExtra(TokenmillError):
+    what = "{package} is needed for {purpose} and is not installed"
+    remedy = "pip install 'tokenmill[{extra}]'"
+
+
+# --- the compile itself -----------------------------------------------------------------------------
+
+
+class BadRecipe(TokenmillError):
+    what = "recipe {where}: {reason}"
+    remedy = "{advice}"
+
+
+class IllegalProgram(TokenmillError):
+    what = "after pass {pass_name!r}: {reason}\n  node: {node}"
+    remedy = "this is a defect of the pass: run with --check and report what it prints"
+
+
+class WrongRewrite(TokenmillError):
+    what = (
+        "pass {pass_name!r} changed what the model computes: relative error {error:.3g} > "
+        "{tolerance:.3g}, first at node {node}"
+    )
+    remedy = "leave this pass out (recipe: disable) and report the model's configuration"
+
+
+class NotLowered(TokenmillError):
+    what = "no lowering for {op} ({where})"
+    remedy = "{advice}"
+
+
+class CompilerMissing(TokenmillError):
+    what = "no C++ compiler found ({tried})"
+    remedy = "install g++ or clang++, or `pip install ziglang`"
+
+
+class BuildFailed(TokenmillError):
+    what = "the C++ compiler failed on {file}:\n{log}"
+    remedy = "check `tokenmill doctor`; if the compiler is current, report this"
+
+
+class OutputExists(TokenmillError):
+    what = "{path!r} exists already"
+    remedy = "choose another directory, or pass --force to replace it"
+
+
+class OutputForeign(TokenmillError):
+    what = "{path!r} is not a tokenmill artifact, so it will not be replaced"
+    remedy = "choose another directory, or remove that one yourself"
+
+
+class OutputFailed(TokenmillError):
+    what = "could not write {path!r}: {reason}"
+    remedy = "free space or choose another place; nothing was left behind"
+
+
+# --- the artifact -----------------------------------------------------------------------------------
+
+
+class NotAnArtifact(TokenmillError):
+    what = "{path!r} is not a tokenmill artifact: {reason}"
+    remedy = "make one with `tokenmill optimize MODEL -o DIR`"
+
+
+class ArtifactDamaged(TokenmillError):
+    what = "{file}: {reason}"
+    remedy = "copy the artifact again or rebuild it with `tokenmill optimize`"
+
+
+class ArtifactTooNew(TokenmillError):
+    what = "artifact format {found} is newer than this tokenmill understands ({known})"
+    remedy = "pip install -U tokenmill"
+
+
+class ForeignTarget(TokenmillError):
+    what = "the artifact's kernels ({targets}) do not run here: {reason}"
+    remedy = "rebuild on or for this machine: tokenmill optimize MODEL --target {target}"
+
+
+class KernelFailed(TokenmillError):
+    what = "the kernels of {target} stopped with code {code} between steps {first} and {last}"
+    remedy = "check the artifact with `tokenmill verify DIR`; if it is whole, report this"
+
+
+# --- requests to a session --------------------------------------------------------------------------
+
+
+class PromptTooLong(TokenmillError):
+    what = "the prompt has {tokens} tokens, with {new} to generate, but the model has {limit} positions"
+    remedy = "shorten the prompt, or ask for fewer new tokens"
+
+
+class EmptyPrompt(TokenmillError):
+    what = "prompt {index} is empty"
+    remedy = "give at least one token (the model has no beginning-of-text token to start from)"
+
+
+class BadToken(TokenmillError):
+    what = "token id {token} at position {position} is outside the vocabulary of {vocab}"
+    remedy = "use the tokenizer that belongs to this model"
+
+
+class BadRequest(TokenmillError):
+    what = "{reason}"
+    remedy = "{advice}"
+
+
+class OutOfCache(TokenmillError):
+    what = "{needed} tokens of cache are needed and {available} are there"
+    remedy = "open the session with a larger cache_tokens, or send fewer sequences at once"

@@ -1,0 +1,469 @@
+"""The Plan: what is left of a model when only kernels and buffers remain.
+
+A plan is a flat list of steps over named buffers.  A step binds a :data:`KernelSpec` (hashable, says
+everything that code generation needs and nothing else; layers of the same structure share one) to
+operands, or is an extern step that torch runs.  Activations are fp32 row-major ``[rows, width]`` where
+rows is the step's token count ``T`` or its count of selected output rows ``R``; an operand may be a
+column range of a buffer, so splitting and joining along columns cost nothing.
+
+>>> spec = Linear(n=64, k=32, format="int8")
+>>> spec.params
+('x', 'q', 'scale', 'out')
+>>> load_spec(dump_spec(spec)) == spec
+True
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
+
+from . import quant
+from .cache import CacheSpec, Part
+from .router import RouterSpec
+
+PLAN_VERSION = 1
+
+# --- buffers ----------------------------------------------------------------------------------------
+
+Rows: TypeAlias = Literal["tokens", "rows", "fixed"]
+DTYPE_BYTES = {"f32": 4, "bf16": 2, "i8": 1, "u8": 1, "e4m3": 1, "i32": 4, "i64": 8, "bool": 1}
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A named array.
+
+    ``input``  what the runtime fills per step: ids, positions, rows, starts, block_table
+    ``weight`` a tensor in weights/*.safetensors, under the same name, of ``shape``
+    ``cache``  the paged rows of one CacheSpec
+    ``arena``  an activation ``[rows, width]`` at byte ``offset`` of the arena, planned for the capacity
+    """
+
+    name: str
+    kind: Literal["input", "weight", "cache", "arena"]
+    dtype: str
+    rows: Rows = "fixed"
+    width: int = 1
+    shape: tuple[int, ...] = ()
+    offset: int = -1
+
+    def bytes(self, capacity: Capacity) -> int:
+        count = {"tokens": capacity.tokens, "rows": capacity.rows, "fixed": 1}[self.rows]
+        return count * self.width * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A buffer, or the columns from ``column`` on of an arena buffer (whose width stays the row pitch)."""
+
+    buffer: str
+    column: int = 0
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """The most that one step may carry; the arena is planned for it."""
+
+    tokens: int = 512
+    rows: int = 64
+
+
+# --- kernel specs -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Embed:
+    """out[t] = table[ids[t]]; ``index`` is the input that selects: ids, or positions for a RoPE table."""
+
+    kind: ClassVar[str] = "embed"
+    vocab: int
+    width: int
+    format: Literal["fp32", "bf16"]
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        return ("index", "w", "out")
+
+
+@dataclass(frozen=True)
+class SelectRows:
+    """out[r] = x[rows[r]]: the rows that go through the head."""
+
+    kind: ClassVar[str] = "select_rows"
+    width: int
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        return ("x", "index", "out")
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Per row and head: x / rms(x) * weight, or layer norm; with ``residual`` first x += r, kept in ``sum``.
+
+    Row layout ``[heads, width]``; the weight ``[width]`` is shared by the heads (q/k norms).
+    """
+
+    kind: ClassVar[str] = "norm"
+    width: int
+    eps: float
+    heads: int = 1
+    center: bool = False
+    weight: bool = True
+    bias: bool = False
+    residual: bool = False
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        return (
+            "x",
+            *(("residual",) if self.residual else ()),
+            *(("weight",) if self.weight else ()),
+            *(("bias",) if self.bias else ()),
+            *(("sum",) if self.residual else ()),
+            "out",
+        )
+
+
+@dataclass(frozen=True)
+class Linear:
+    """out = epilogue(x W^T + bias).
+
+    ``parts = 2``: the weight is ``[2n, k]``, and the epilogue sees ``acc0`` (row i) and ``acc1`` (row
+    n + i), which is how SwiGLU is fused.  Extra operands ``e0, e1, ...`` of the epilogue are ``row`` (an
+    activation [rows, n]) or ``channel`` (a weight [n], fp32).
+    """
+
+    kind: ClassVar[str] = "linear"
+    n: int
+    k: int
+    format: str
+    bias: bool = False
+    parts: int = 1
+    epilogue: str = "acc0"
+    extras: tuple[Literal["row", "channel"], ...] = ()
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        return (
+            "x",
+            *quant.parse(self.format).parts,
+            *(("bias",) if self.bias else ()),
+            *(f"e{i}" for i in range(len(self.extras))),
+            "out",
+        )
+
+
+@dataclass(frozen=True)
+class Pointwise:
+    """out[r, i] = expr(x0, x1, ...); an input is ``row`` [rows, width], ``scalar`` [rows, 1] or ``channel``."""
+
+    kind: ClassVar[str] = "pointwise"
+    width: int
+    expr: str
+    inputs: tuple[Literal["row", "scalar", "channel"], ...]
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        return (*(f"x{i}" for i in range(len(self.inputs))), "out")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotate columns offset:offset+rotary of each head by the angles whose cos/sin rows are given.
+
+    Pairs are (i, i + rotary/2), or (2i, 2i+1) if interleaved; cos and sin are ``[T, rotary/2]``.  Other
+    columns are copied.  In place when out is x.
+    """
+
+    kind: ClassVar[str] = "rope"
+    heads: int
+    head_dim: int
+    rotary: int
+    offset: int = 0
+    interleaved: bool = False
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        return ("x", "cos", "sin", "out")
+
+
+@dataclass(frozen=True)
+class CacheWrite:
+    """Store each token's parts in its row of the paged cache."""
+
+    kind: ClassVar[str] = "cache_write"
+    format: str
+    parts: tuple[Part, ...]
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        return (*(f"p{i}" for i in range(len(self.parts))), "cache")
+
+    @property
+    def cache(self) -> CacheSpec:
+        return CacheSpec("", self.format, self.parts)
+
+
+@dataclass(frozen=True)
+class Attend:
+    """Causal grouped-query attention over a paged cache of keys [heads_kv, head_dim] and values.
+
+    A query at position p sees keys j with p - window < j <= p (window 0: all before it).  ``softcap`` c
+    maps scores to c tanh(s / c); ``sinks`` adds one logit per head to the denominator.
+    """
+
+    kind: ClassVar[str] = "attend"
+    heads: int
+    heads_kv: int
+    head_dim: int
+    value_dim: int
+    scale: float
+    cache_format: str
+    window: int = 0
+    softcap: float = 0.0
+    sinks: bool = False
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        return ("q", *(("sinks",) if self.sinks else ()), "cache", "out")
+
+    @property
+    def cache(self) -> CacheSpec:
+        return gqa_cache("", self.cache_format, self.heads_kv, self.head_dim, self.value_dim)
+
+
+@dataclass(frozen=True)
+class LatentAttend:
+    """Multi-head latent attention over a paged cache of latents [latent] and shared rotary keys [rope].
+
+    ``q`` is [heads, nope + rope]; w_uk [heads, nope, latent] and w_uv [heads, value, latent], bf16 or
+    fp32.  Absorbed: score = scale (q_nope w_uk . c + q_pe . k_pe), out = w_uv sum(p c).  Expanded:
+    k = [w_uk c, k_pe], v = w_uv c.  Both are this op; a kernel picks by query count (see
+    ``absorb_below``).
+    """
+
+    kind: ClassVar[str] = "latent_attend"
+    heads: int
+    nope: int
+    rope: int
+    latent: int
+    value: int
+    scale: float
+    cache_format: str
+    up_format: Literal["fp32", "bf16"] = "bf16"
+    absorb_below: int = 128
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        return ("q", "w_uk", "w_uv", "cache", "out")
+
+    @property
+    def cache(self) -> CacheSpec:
+        return latent_cache("", self.cache_format, self.latent, self.rope)
+
+
+@dataclass(frozen=True)
+class Route:
+    """ids i32 [T, top_k], weights [T, top_k] = route(logits [T, experts], bias [experts])."""
+
+    kind: ClassVar[str] = "route"
+    experts: int
+    router: RouterSpec
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        return ("logits", *(("bias",) if self.router.bias else ()), "ids", "weights")
+
+
+@dataclass(frozen=True)
+class Experts:
+    """out[t] = (residual[t] +) sum_j weights[t, j] down_e(act(gate_up_e(x[t]))), e = ids[t, j].
+
+    ``gate_up`` is [experts, 2 inter, hidden] (gate rows first; [experts, inter, hidden] if not
+    ``gated``), ``down`` [experts, hidden, inter].  ``activation`` is an expression of acc0 (and acc1).
+    Weights of experts that no token chose are never read.
+    """
+
+    kind: ClassVar[str] = "experts"
+    experts: int
+    top_k: int
+    hidden: int
+    inter: int
+    gate_up_format: str
+    down_format: str
+    activation: str = "silu(acc0) * acc1"
+    gated: bool = True
+    residual: bool = False
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        up = tuple(f"gate_up_{p}" for p in quant.parse(self.gate_up_format).parts)
+        down = tuple(f"down_{p}" for p in quant.parse(self.down_format).parts)
+        return ("x", "ids", "weights", *up, *down, *(("residual",) if self.residual else ()), "out")
+
+
+@dataclass(frozen=True)
+class Extern:
+    """A step that torch runs, ``op`` an overload name such as ``aten.cumsum.default``.
+
+    ``args`` is JSON text ``[positional, {keyword: ...}]`` of the op's arguments.  Plain values stand for
+    themselves; objects stand for what JSON cannot say:
+
+    ``{"operand": "x0", "shape": [1, -1, 8], "dtype": "float32"}``  a parameter, reshaped from its dense
+    rows (-1 takes what the row count gives) and cast to that torch dtype;
+    ``{"size": "tokens", "times": 4}``  4 T (or, with "rows", 4 R);
+    ``{"torch": "float32"}``  ``torch.float32``, or another dtype or memory format of that name;
+    ``{"device": "cpu"}``  wherever the step runs.
+
+    ``item`` picks one of several results (-1: there is just one).  The result, cast to ``out_dtype`` and
+    flattened to ``[rows, prod(out_shape)]`` (-1, the row dim, left out), goes to ``out``.  Integers are
+    kept as i32 between steps.
+    """
+
+    kind: ClassVar[str] = "extern"
+    op: str
+    operands: tuple[str, ...]
+    args: str
+    out_dtype: str
+    out_shape: tuple[int, ...]
+    item: int = -1
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        return (*self.operands, "out")
+
+
+KernelSpec: TypeAlias = (
+    Embed
+    | SelectRows
+    | Norm
+    | Linear
+    | Pointwise
+    | Rope
+    | CacheWrite
+    | Attend
+    | LatentAttend
+    | Route
+    | Experts
+    | Extern
+)
+KINDS: dict[str, type[KernelSpec]] = {cls.kind: cls for cls in get_args(KernelSpec)}
+
+
+def gqa_cache(name: str, fmt: str, heads_kv: int, head_dim: int, value_dim: int) -> CacheSpec:
+    key = Part("key", heads_kv * head_dim, head_dim)
+    return CacheSpec(name, fmt, (key, Part("value", heads_kv * value_dim, value_dim)))
+
+
+def latent_cache(name: str, fmt: str, latent: int, rope: int) -> CacheSpec:
+    return CacheSpec(name, fmt, (Part("latent", latent, 128), Part("rope", rope, 128)))
+
+
+# --- the plan ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """``where`` is the place in the user's model that the step computes; ``rows`` what it iterates over."""
+
+    spec: KernelSpec
+    bind: Mapping[str, Operand]
+    rows: Rows
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``output`` names the arena buffer of logits ``[R, vocab]``; ``positions`` bounds a sequence's length."""
+
+    buffers: Mapping[str, Buffer]
+    steps: tuple[Step, ...]
+    caches: tuple[CacheSpec, ...]
+    capacity: Capacity
+    arena_bytes: int
+    output: str
+    vocab: int
+    positions: int
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def specs(self) -> list[KernelSpec]:
+        """Distinct kernels, in order of first use."""
+        return list(dict.fromkeys(s.spec for s in self.steps))
+
+    @property
+    def extern_steps(self) -> list[Step]:
+        return [s for s in self.steps if isinstance(s.spec, Extern)]
+
+
+def dump_spec(spec: KernelSpec) -> dict[str, Any]:
+    return {"kind": spec.kind, **dataclasses.asdict(spec)}
+
+
+def load_spec(data: Mapping[str, Any]) -> KernelSpec:
+    fields = {k: v for k, v in data.items() if k != "kind"}
+    cls = KINDS[data["kind"]]
+    if cls is Route:
+        fields["router"] = RouterSpec(**fields["router"])
+    if cls is CacheWrite:
+        fields["parts"] = [Part(**p) for p in fields["parts"]]
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def dump(plan: Plan) -> dict[str, Any]:
+    """JSON form: specs once, steps refer to them by index."""
+    specs = plan.specs
+    index = {spec: i for i, spec in enumerate(specs)}
+    return {
+        "version": PLAN_VERSION,
+        "capacity": dataclasses.asdict(plan.capacity),
+        "arena_bytes": plan.arena_bytes,
+        "output": plan.output,
+        "vocab": plan.vocab,
+        "positions": plan.positions,
+        "meta": dict(plan.meta),
+        "caches": [dataclasses.asdict(c) | {"row_bytes": c.row_bytes} for c in plan.caches],
+        "buffers": [dataclasses.asdict(b) for b in plan.buffers.values()],
+        "specs": [dump_spec(s) for s in specs],
+        "steps": [
+            {
+                "spec": index[s.spec],
+                "rows": s.rows,
+                "where": s.where,
+                "bind": {p: [s.bind[p].buffer, s.bind[p].column] for p in s.spec.params},
+            }
+            for s in plan.steps
+        ],
+    }
+
+
+def load(data: Mapping[str, Any]) -> Plan:
+    """The inverse of :func:`dump`."""
+    specs = [load_spec(s) for s in data["specs"]]
+    buffers = [Buffer(**{**b, "shape": tuple(b["shape"])}) for b in data["buffers"]]
+    return Plan(
+        buffers={b.name: b for b in buffers},
+        steps=tuple(
+            Step(
+                specs[s["spec"]],
+                {p: Operand(*at) for p, at in s["bind"].items()},
+                s["rows"],
+                s["where"],
+            )
+            for s in data["steps"]
+        ),
+        caches=tuple(
+            CacheSpec(c["name"], c["format"], tuple(Part(**p) for p in c["parts"]))
+            for c in data["caches"]
+        ),
+        capacity=Capacity(**data["capacity"]),
+        arena_bytes=data["arena_bytes"],
+        output=data["output"],
+        vocab=data["vocab"],
+        positions=data["positions"],
+        meta=data["meta"],
+    )

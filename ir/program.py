@@ -1,0 +1,282 @@
+"""The Program: what a model is while it is compiled.
+
+An FX graph, its weights by name, its caches, its stage.  Weights are ``get_attr`` nodes whose target is
+the weight's name; they are read or computed only when somebody asks for the numbers, so a program of a
+huge model stays small.  Every stage runs: :meth:`Program.run` executes the graph with torch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from . import cache as kv
+from . import ops  # noqa: F401  (registers the dialect)
+from .cache import CacheSpec
+
+
+class Stage(IntEnum):
+    """How far a program has come; what each stage may hold is in :mod:`.legal`."""
+
+    ATEN = 0  # as traced
+    CANONICAL = 1  # weight-only and position-only parts folded, attention opaque
+    DIALECT = 2  # fused: every op that matters is a dialect op, tokens are proven independent
+    CACHED = 3  # attention reads and writes caches; serves any ragged batch
+    QUANTIZED = 4  # weights are in their formats
+    FUSED = 5  # what the plan will hold, op by op
+
+
+# --- weights ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Derived:
+    function: Callable[..., Tensor]
+    sources: tuple[str, ...]
+
+
+class Weights:
+    """Weights by name: given ones, and ones derived from others by pure functions, computed late.
+
+    >>> weights = Weights({"a": torch.ones(2, 3)})
+    >>> weights.derive("b", torch.t, "a")
+    >>> weights.like("b").shape, weights["b"].shape  # the first computes nothing
+    (torch.Size([3, 2]), torch.Size([3, 2]))
+    """
+
+    def __init__(self, given: dict[str, Tensor], memo_bytes: int = 1 << 30) -> None:
+        self._given = dict(given)
+        self._derived: dict[str, _Derived] = {}
+        self._meta: dict[str, Tensor] = {}
+        self._memo: OrderedDict[str, Tensor] = OrderedDict()
+        self._memo_bytes = memo_bytes
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._given or name in self._derived
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._given
+        yield from self._derived
+
+    def add(self, name: str, value: Tensor) -> None:
+        if name in self:
+            raise ValueError(f"weight {name!r} exists")
+        self._given[name] = value
+
+    def derive(self, name: str, function: Callable[..., Tensor], *sources: str) -> None:
+        """Add ``name = function(*sources)``; the function must also run on meta tensors."""
+        if name in self:
+            raise ValueError(f"weight {name!r} exists")
+        self._derived[name] = _Derived(function, sources)
+
+    def fresh(self, name: str) -> str:
+        """``name``, or the first of name.1, name.2, ... that is free."""
+        if name not in self:
+            return name
+        return next(n for i in range(1, 1 << 30) if (n := f"{name}.{i}") not in self)
+
+    def like(self, name: str) -> Tensor:
+        """A meta tensor of the weight's shape and dtype."""
+        if name not in self._meta:
+            if name in self._given:
+                self._meta[name] = self._given[name].to("meta")
+            else:
+                derived = self._derived[name]
+                with torch.no_grad():
+                    value = derived.function(*map(self.like, derived.sources))
+                self._meta[name] = value.to("meta")
+        return self._meta[name]
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._given:
+            return self._given[name]
+        if name in self._memo:
+            self._memo.move_to_end(name)
+            return self._memo[name]
+        derived = self._derived[name]
+        with torch.no_grad():
+            value = derived.function(*(self[s] for s in derived.sources))
+        self._memo[name] = value
+        while sum(t.nbytes for t in self._memo.values()) > self._memo_bytes and len(self._memo) > 1:
+            self._memo.popitem(last=False)
+        return value
+
+    def roots(self, name: str) -> list[str]:
+        """The given weights that ``name`` comes from, itself if given."""
+        if name in self._given:
+            return [name]
+        found = [r for s in self._derived[name].sources for r in self.roots(s)]
+        return list(dict.fromkeys(found))
+
+    def copy(self) -> Weights:
+        twin = Weights(self._given, self._memo_bytes)
+        twin._derived, twin._meta, twin._memo = dict(self._derived), self._meta, self._memo
+        return twin
+
+
+# --- the program ------------------------------------------------------------------------------------
+
+INPUTS = ("ids", "positions", "rows")
+BATCH_INPUTS = ("starts", "block_table")
+
+
+@dataclass
+class Program:
+    """``ids [1, T]``, ``positions [1, T]`` and ``rows [R]`` in, logits ``[1, R, V]`` out.
+
+    After cache insertion the batch metadata ``starts`` and ``block_table`` and one placeholder per cache
+    come in too.  ``vocab`` and ``positions`` are limits that the runtime enforces.
+    """
+
+    graph: fx.Graph
+    weights: Weights
+    vocab: int
+    positions: int
+    stage: Stage = Stage.ATEN
+    caches: list[CacheSpec] = field(default_factory=list)
+    name: str = "model"
+
+    @property
+    def fake_mode(self) -> FakeTensorMode:
+        return self.input("ids").meta["val"].fake_mode
+
+    def input(self, name: str) -> fx.Node:
+        return next(n for n in self.graph.nodes if n.op == "placeholder" and n.target == name)
+
+    @property
+    def output(self) -> fx.Node:
+        return self.graph.output_node()
+
+    def copy(self) -> Program:
+        """A program that shares tensors but can be rewritten on its own."""
+        graph = fx.Graph()
+        values: dict[fx.Node, fx.Node] = {}
+        result = graph.graph_copy(self.graph, values)
+        graph.output(result)
+        for old, new in values.items():
+            new.meta = dict(old.meta)
+        return Program(
+            graph, self.weights.copy(), self.vocab, self.positions, self.stage,
+            copy.copy(self.caches), self.name,
+        )  # fmt: skip
+
+    def used_weights(self) -> list[str]:
+        return list(dict.fromkeys(n.target for n in self.graph.nodes if n.op == "get_attr"))
+
+    # --- building ---
+
+    def weight(self, name: str) -> fx.Node:
+        """A node for a weight, at the insertion point."""
+        node = self.graph.create_node("get_attr", name)
+        node.meta["val"] = self.fake(self.weights.like(name))
+        return node
+
+    def call(self, target: Any, *args: Any, like: fx.Node | None = None, **kwargs: Any) -> fx.Node:
+        """Add a call at the insertion point, with its shape inferred; ``like`` lends its origin."""
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta["val"] = self.infer(node)
+        if like is not None:
+            for key in ("nn_module_stack", "stack_trace"):
+                if key in like.meta:
+                    node.meta[key] = like.meta[key]
+        return node
+
+    def infer(self, node: fx.Node) -> Any:
+        """What the node yields, on fake tensors."""
+        args, kwargs = fx.node.map_aggregate(
+            (node.args, node.kwargs), lambda a: a.meta["val"] if isinstance(a, fx.Node) else a
+        )
+        with self.fake_mode, torch.no_grad():
+            return node.target(*args, **kwargs)
+
+    def fake(self, like: Tensor) -> Tensor:
+        with self.fake_mode:
+            return torch.empty(like.shape, dtype=like.dtype)
+
+    # --- running ---
+
+    def run(self, ids: Sequence[int] | Tensor, rows: Sequence[int] | None = None) -> Tensor:
+        """Logits ``[R, V]`` of one sequence from position 0, with fresh caches; rows default to all."""
+        tokens = torch.as_tensor(ids, dtype=torch.int64).reshape(-1)
+        batch = kv.single_sequence(len(tokens))
+        keep = torch.arange(len(tokens)) if rows is None else torch.tensor(rows)
+        pages = batch.block_table.shape[1]
+        caches = {spec.name: kv.allocate(spec, pages) for spec in self.caches}
+        return self.execute(tokens, batch, keep, caches)
+
+    def execute(
+        self, ids: Tensor, batch: kv.Batch, rows: Tensor, caches: dict[str, Tensor]
+    ) -> Tensor:
+        """One step over a ragged batch: logits ``[R, V]``; the caches are written in place."""
+        inputs = {
+            "ids": ids[None],
+            "positions": batch.positions[None].long(),
+            "rows": rows,
+            "starts": batch.starts,
+            "block_table": batch.block_table,
+            **caches,
+        }
+        placeholders = [n.target for n in self.graph.nodes if n.op == "placeholder"]
+        with torch.no_grad():
+            out = Runner(self).run(*(inputs[name] for name in placeholders))
+        return (out[0] if isinstance(out, tuple) else out).reshape(len(rows), -1)
+
+
+class Runner(fx.Interpreter):
+    """Runs a program's graph; weights come from the program instead of a module."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(torch.nn.Module(), graph=program.graph)
+        self.weights = program.weights
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self.weights[target]
+
+
+# --- reading graphs ---------------------------------------------------------------------------------
+
+
+def shape(node: fx.Node) -> tuple[Any, ...]:
+    """The node's shape; sizes that depend on the step are SymInts."""
+    return tuple(node.meta["val"].shape)
+
+
+def is_weight(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "get_attr"
+
+
+def tensors(nodes: Iterable[Any]) -> list[fx.Node]:
+    """Those of ``nodes`` that stand for tensors (or tuples of them)."""
+    return [n for n in nodes if isinstance(n, fx.Node) and not _is_size(n)]
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), int | float | bool | torch.SymInt | torch.SymBool)
+
+
+def where(node: fx.Node) -> str:
+    """The place in the user's model: module path and source line, as far as tracing kept them."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next((p for p, _ in reversed(list(stack.values())) if p), "")
+    trace = (node.meta.get("stack_trace") or "").strip().splitlines()
+    files = [i for i, line in enumerate(trace) if line.lstrip().startswith("File ")]
+    source = ""
+    if files:
+        last = files[-1]
+        code = trace[last + 1].strip() if last + 1 < len(trace) else ""
+        source = f"{trace[last].strip()}: {code}" if code else trace[last].strip()
+    return ", ".join(p for p in (path, source) if p) or f"node {node.name}"
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the innermost module that the node was traced in, without our wrapper's prefix."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return next((p for p, _ in reversed(list(stack.values())) if p), "").removeprefix("model.")

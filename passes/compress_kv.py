@@ -1,0 +1,94 @@
+"""Multi-head latent attention: cache the latents that keys and values are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from ..ir.program import Program, shape
+from .base import Pass, aten, calls, is_call, mill, replace, sweep
+
+
+@dataclass
+class CompressKV(Pass):
+    """q [c W_UK^T, r]^T = [q_nope W_UK, q_rope] [c, r]^T: keys and values are functions of one latent c
+
+    Where keys are (projection of c, one rotary key for all heads) and values a projection of the same c,
+    attention needs c and the rotary key only: latent_attention, absorbed or expanded as it pays.
+    Source: DeepSeek-V2, section 2.1.
+    """
+
+    name = "compress_kv"
+
+    def run(self, program: Program) -> int:
+        matches = 0
+        for node in calls(program, mill.attention):
+            match = _match(node)
+            if match is None:
+                continue
+            keys, values, rotary = match
+            q, scale = node.args[0], node.args[4]
+            heads, nope = (int(s) for s in shape(keys)[-2:])
+            with program.graph.inserting_before(node):
+                up = _per_head(program, _projection(keys), heads, nope, "w_uk")
+                down = _per_head(program, _projection(values), heads, int(shape(values)[-1]), "w_uv")
+                latent = _flat(program, _projection(keys).args[0])
+                new = program.call(
+                    mill.latent_attention.default, q, latent, _flat(program, rotary), [up], [down],
+                    "fp32", scale, like=node,
+                )  # fmt: skip
+            replace(program, node, new)
+            matches += 1
+        sweep(program)
+        return matches
+
+
+def _match(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """(keys without rotary part, values, shared rotary key) if both come from one latent that is smaller."""
+    _, k, v, sinks, _, window, softcap = node.args
+    if sinks is not None or window or softcap or not is_call(k, aten.cat) or len(k.args[0]) != 2:
+        return None
+    keys, expanded = k.args[0]
+    if not is_call(expanded, aten.expand) or not _projection(keys) or not _projection(v):
+        return None
+    from_keys, from_values = (_strip(_projection(t).args[0]) for t in (keys, v))
+    if from_keys is not from_values or shape(k)[-2] != shape(node.args[0])[-2]:
+        return None
+    heads, width = (int(s) for s in shape(k)[-2:])
+    latent, rotary = int(shape(from_keys)[-1]), int(shape(expanded)[-1])
+    smaller = latent + rotary < heads * (width + int(shape(v)[-1]))
+    return (keys, v, expanded.args[0]) if smaller else None
+
+
+def _projection(node: fx.Node) -> fx.Node | None:
+    """The bias-free linear behind a reshape into heads."""
+    inner = _strip(node)
+    return inner if is_call(inner, aten.linear) and len(inner.args) == 2 else None
+
+
+def _strip(node: fx.Node) -> fx.Node:
+    while is_call(node, aten.reshape):
+        node = node.args[0]
+    return node
+
+
+def _per_head(program: Program, linear: fx.Node, heads: int, width: int, kind: str) -> fx.Node:
+    """The projection's weight as ``[heads, width, latent]``."""
+    source = linear.args[1].target
+    name = f"{source}.{kind}"
+    if name not in program.weights:
+        program.weights.derive(name, lambda w: w.reshape(heads, width, -1).contiguous(), source)
+    return program.weight(name)
+
+
+def _flat(program: Program, node: fx.Node) -> fx.Node:
+    """``[1, T, F]`` of whatever shape the model gave it."""
+    inner = _strip(node)
+    if len(shape(inner)) == 3:
+        return inner
+    count = next(calls(program, aten.sym_size))
+    width = 1
+    for size in shape(inner):
+        width *= size if isinstance(size, int) else 1
+    return program.call(aten.reshape.default, inner, [1, count, width], like=node)

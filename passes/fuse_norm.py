@@ -1,0 +1,99 @@
+"""Recognise normalization."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ..ir.program import Program, is_weight, shape
+from .base import Pass, aten, calls, is_call, mill, replace, sweep
+
+
+@dataclass
+class FuseNorm(Pass):
+    """x / sqrt(mean(x^2) + eps) * w = rms_norm(x, w, eps), and layer_norm likewise"""
+
+    name = "fuse_norm"
+
+    def run(self, program: Program) -> int:
+        matches = 0
+        for node in calls(program, aten.mul, aten.rms_norm, aten.layer_norm):
+            match = _spelled_out(node) or _composite_rms(node) or _layer(node)
+            if match is None:
+                continue
+            target, x, operands, eps = match
+            with program.graph.inserting_before(node):
+                if target is mill.rms_norm.default and operands == (None,):
+                    operands = (_ones(program, shape(x)[-1]),)
+                replace(program, node, program.call(target, x, *operands, eps, like=node))
+            matches += 1
+        sweep(program)
+        return matches
+
+
+_Match = tuple[object, fx.Node, tuple[fx.Node | None, ...], float]
+
+
+def _spelled_out(node: fx.Node) -> _Match | None:
+    """w * (x * rsqrt(mean(x^2, -1) + eps)), factors in any order; w may be missing."""
+    if not is_call(node, aten.mul):
+        return None
+    for weight, inner in (node.args, reversed(node.args)):
+        if is_weight(weight) and len(shape(weight)) == 1 and (core := _normalized(inner)):
+            return mill.rms_norm.default, core[0], (weight,), core[1]
+    weighed = any(
+        is_call(u, aten.mul) and any(is_weight(a) and len(shape(a)) == 1 for a in u.args)
+        for u in node.users
+    )
+    core = _normalized(node)
+    return None if core is None or weighed else (mill.rms_norm.default, core[0], (None,), core[1])
+
+
+def _normalized(node: object) -> tuple[fx.Node, float] | None:
+    """(x, eps) of x * rsqrt(mean(x^2, -1, keepdim) + eps)."""
+    if not is_call(node, aten.mul):
+        return None
+    for x, factor in (node.args, reversed(node.args)):  # type: ignore[union-attr]
+        if not is_call(factor, aten.rsqrt) or not is_call(total := factor.args[0], aten.add):
+            continue
+        mean, eps = total.args
+        if isinstance(eps, float) and is_call(mean, aten.mean) and _is_last(mean) and _squares(mean.args[0], x):
+            return x, eps
+    return None
+
+
+def _squares(node: object, x: object) -> bool:
+    if is_call(node, aten.pow):
+        return node.args == (x, 2)  # type: ignore[union-attr]
+    return is_call(node, aten.square) and node.args[0] is x or (  # type: ignore[union-attr]
+        is_call(node, aten.mul) and node.args == (x, x)  # type: ignore[union-attr]
+    )
+
+
+def _is_last(mean: fx.Node) -> bool:
+    rank = len(shape(mean.args[0]))
+    return len(mean.args) == 3 and mean.args[1] in ([-1], [rank - 1]) and mean.args[2] is True
+
+
+def _composite_rms(node: fx.Node) -> _Match | None:
+    if not is_call(node, aten.rms_norm) or len(node.args[1]) != 1:
+        return None
+    x, _, weight, eps = (*node.args, None, None)[:4]
+    value = torch.finfo(torch.float32).eps if eps is None else eps
+    return mill.rms_norm.default, x, (weight,), value
+
+
+def _layer(node: fx.Node) -> _Match | None:
+    if not is_call(node, aten.layer_norm) or len(node.args[1]) != 1:
+        return None
+    x, _, weight, bias, eps = (*node.args, None, None, 1e-5)[:5] if len(node.args) < 5 else node.args[:5]
+    return mill.layer_norm.default, x, (weight, bias), 1e-5 if eps is None else eps
+
+
+def _ones(program: Program, width: int) -> fx.Node:
+    name = f"ones.{width}"
+    if name not in program.weights:
+        program.weights.add(name, torch.ones(width))
+    return program.weight(name)

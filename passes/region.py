@@ -1,0 +1,96 @@
+"""Regions of a graph as functions: cut out, run on numbers, or fold into weights.
+
+Many passes recognise what a piece of graph computes by running it (lifting by verification) instead of by
+matching every way in which somebody may have written it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..ir.program import Program, Weights
+from .base import aten, is_call
+
+TOKENS = "tokens"
+
+
+def is_token_count(node: fx.Node) -> bool:
+    """Whether the node is the step's token count, the one free size of a program."""
+    return is_call(node, aten.sym_size.int)
+
+
+class Region:
+    """``outputs`` as a function of ``inputs``; the token count is an argument, weights may stay inside."""
+
+    def __init__(self, outputs: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> None:
+        self.graph = fx.Graph()
+        values: dict[fx.Node, fx.Node] = {}
+        count = self.graph.placeholder(TOKENS)
+        for i, node in enumerate(inputs):
+            values[node] = self.graph.placeholder(f"in{i}")
+        for node in _ordered(outputs, inputs):
+            if is_token_count(node):
+                values[node] = count
+            elif node.op == "get_attr":
+                values[node] = self.graph.create_node("get_attr", node.target)
+            else:
+                values[node] = self.graph.node_copy(node, values.__getitem__)
+        self.graph.output(tuple(values[o] for o in outputs))
+        self.weights = [n.target for n in self.graph.nodes if n.op == "get_attr"]
+
+    def __call__(
+        self, inputs: Sequence[Tensor], tokens: int, weights: Weights | dict[str, Tensor]
+    ) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return tuple(_Run(self.graph, weights).run(tokens, *inputs))
+
+
+class _Run(fx.Interpreter):
+    def __init__(self, graph: fx.Graph, weights: Weights | dict[str, Tensor]) -> None:
+        super().__init__(torch.nn.Module(), graph=graph)
+        self.weights = weights
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self.weights[target]
+
+
+def _ordered(outputs: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> list[fx.Node]:
+    """The nodes between inputs and outputs, in the order of their graph."""
+    needed: set[fx.Node] = set()
+    stack = list(outputs)
+    while stack:
+        node = stack.pop()
+        if node in needed or node in inputs:
+            continue
+        needed.add(node)
+        if not is_token_count(node):
+            stack.extend(node.all_input_nodes)
+    return [n for n in outputs[0].graph.nodes if n in needed]
+
+
+def dependents(program: Program, roots: Callable[[fx.Node], bool]) -> set[fx.Node]:
+    """Nodes that depend on a root other than through the token count."""
+    found: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if is_token_count(node):
+            continue
+        if roots(node) or any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def fold(program: Program, node: fx.Node, name: str, **fixed: Any) -> str:
+    """Derive a weight that holds what ``node`` computes from weights alone; returns its name."""
+    region = Region([node], [])
+    fresh = program.weights.fresh(name)
+    sources = list(dict.fromkeys(region.weights))
+
+    def compute(*values: Tensor) -> Tensor:
+        return region([], 0, dict(zip(sources, values, strict=True)))[0].contiguous()
+
+    program.weights.derive(fresh, compute, *sources)
+    return fresh

@@ -1,0 +1,86 @@
+"""Functions of the position alone become tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from ..ir.program import Program, shape
+from .base import Pass, aten, calls, is_call, mill, replace, same_size, sweep
+from .region import Region, dependents
+
+
+@dataclass
+class Tabulate(Pass):
+    """f(position) = table[position]: rotary angles and learned positions, however they are computed"""
+
+    name = "tabulate"
+
+    def run(self, program: Program) -> int:
+        positions = program.input("positions")
+        known = dependents(program, lambda n: n is positions)
+        other = dependents(program, lambda n: n.op == "placeholder" and n is not positions)
+        alone = known - other - {positions}
+        ends = [
+            n for n in program.graph.nodes
+            if n in alone and _is_table(program, n) and any(u not in alone for u in n.users)
+        ]  # fmt: skip
+        frontier = list(dict.fromkeys(_origin(program, n) for n in ends))
+        for node in frontier:
+            with program.graph.inserting_before(node):
+                replace(program, node, _lookup(program, node))
+        sweep(program)
+        return len(frontier)
+
+
+def _origin(program: Program, node: fx.Node) -> fx.Node:
+    """The node that computes the values which ``node`` only reshapes or slices: layers share it."""
+    while is_call(node, aten.reshape, aten.slice, aten.unsqueeze):
+        source = node.args[0]
+        if not isinstance(source, fx.Node) or not _is_table(program, source):
+            break
+        node = source
+    return node
+
+
+def _is_table(program: Program, node: fx.Node) -> bool:
+    """Float values ``[1.., T, F..]``: one row per token."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+        return False
+    count = program.input("ids").meta["val"].shape[1]
+    sizes = [s for s in value.shape if not (isinstance(s, int) and s == 1)]
+    return bool(sizes) and same_size(sizes[0], count) and all(isinstance(s, int) for s in sizes[1:])
+
+
+def _lookup(program: Program, node: fx.Node) -> fx.Node:
+    """embed(table, positions) in the node's shape; complex tables are stored as (re, im) pairs."""
+    positions, complex_ = program.input("positions"), node.meta["val"].is_complex()
+    name = tabulated(program, node)
+    table = program.weight(name)
+    rows = program.call(mill.embed.default, [table], positions, "fp32", like=node)
+    count = next(calls(program, aten.sym_size))
+    sizes = [s if isinstance(s, int) else count for s in shape(node)]
+    if complex_:
+        pairs = program.call(aten.reshape.default, rows, [*sizes, 2])
+        return program.call(aten.view_as_complex.default, pairs)
+    return rows if len(sizes) == 3 else program.call(aten.reshape.default, rows, sizes)
+
+
+def tabulated(program: Program, node: fx.Node) -> str:
+    """Derive the weight ``[positions, F]`` of a node that depends on the position alone."""
+    region, length = Region([node], [program.input("positions")]), program.positions
+    sources = list(dict.fromkeys(region.weights))
+
+    def compute(*values: Tensor) -> Tensor:
+        device = values[0].device if values else "cpu"
+        at = torch.arange(length, device=device)[None]
+        out = region([at], length, dict(zip(sources, values, strict=True)))[0]
+        out = torch.view_as_real(out) if out.is_complex() else out
+        return out.reshape(length, -1).float().contiguous()
+
+    name = program.weights.fresh(f"positions.{node.name}")
+    program.weights.derive(name, compute, *sources)
+    return name

@@ -1,0 +1,241 @@
+"""The HTML report: what was done to a model, in one file that needs nothing else.
+
+Everything comes from the ``facts`` that :func:`tokenmill.optimize` collects and the artifact keeps,
+so a report can be made again at any time, and the same facts give the same bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+from typing import Any, TypeAlias
+from xml.etree.ElementTree import Element, tostring
+
+from .drawing import draw, el
+from .units import amount, ratio, seconds, size
+
+Facts: TypeAlias = Mapping[str, Any]
+Cell: TypeAlias = Element | str
+
+
+def render(facts: Facts, sources: Mapping[str, str]) -> str:
+    """The report as HTML; ``sources`` maps file names of kernels to their texts."""
+    name = facts["model"]["name"]
+    page = el(
+        "html",
+        el(
+            "head",
+            el("meta", charset="utf-8"),
+            el("meta", name="viewport", content="width=device-width, initial-scale=1"),
+            el("title", f"{name} – tokenmill report"),
+            el("style", files(__package__).joinpath("report.css").read_text("utf-8")),
+        ),
+        el(
+            "body",
+            _header(facts),
+            _tiles(facts),
+            *_passes(facts["passes"]),
+            *_drawings(facts["layer"]),
+            *_formats(facts),
+            *_kernels(facts, sources),
+        ),
+        lang="en",
+    )
+    return "<!DOCTYPE html>\n" + tostring(page, encoding="unicode", method="html") + "\n"
+
+
+# --- sections -------------------------------------------------------------------------------------
+
+
+def _header(facts: Facts) -> Element:
+    model = facts["model"]
+    about = (
+        f"{model['layers']} layers, vocabulary of {model['vocab']}, up to {model['positions']} "
+        f"positions. Compiled for {', '.join(facts['targets'])}."
+    )
+    return el("header", el("h1", model["name"]), el("p", about))
+
+
+def _tiles(facts: Facts) -> Element:
+    weights, original = facts["bytes"]["weights"], facts["bytes"]["original"]
+    total, active = facts["parameters"]["total"], facts["parameters"]["active"]
+    cached, expanded = facts["kv_bytes_per_token"], facts["kv_bytes_per_token_expanded"]
+    steps = sum(_steps(kernel) for kernel in facts["kernels"])
+    externs = len(facts["extern_steps"])
+    return el(
+        "section",
+        _tile("Weights", size(weights),
+              f"{size(original)} before: {ratio(original, weights)} smaller"),
+        _tile("Parameters", amount(total), f"{amount(active)} active per token"),
+        _tile("KV cache per token", size(cached),
+              f"{size(expanded)} with full keys and values: {ratio(expanded, cached)} smaller"),
+        _tile("Kernels", str(len(facts["kernels"])), f"run as {steps} steps"),
+        _tile("Steps left to torch", str(externs), "listed below" if externs else "none falls back",
+              "bad" if externs else "good"),
+        _tile("Peak memory", size(facts["peak_memory_bytes"]),
+              f"steps of {facts['capacity']['tokens']} tokens, {facts['capacity']['rows']} rows"),
+        class_="tiles",
+    )  # fmt: skip
+
+
+def _tile(name: str, value: str, note: str, mood: str = "") -> Element:
+    return el(
+        "div",
+        el("div", name, class_="name"),
+        el("div", value, class_="value"),
+        el("div", note, class_="note"),
+        class_=f"tile {mood}".strip(),
+    )
+
+
+def _passes(passes: Sequence[Facts]) -> list[Element]:
+    rows = [
+        (
+            _with_note(el("code", p["name"]), p["summary"], *_texts(p.get("notes"))),
+            str(p["matches"]),
+            f"{p['nodes_before']} → {p['nodes_after']}",
+            seconds(p["seconds"]),
+            _error(p),
+        )
+        for p in passes
+    ]
+    return [
+        el("h2", "Passes"),
+        el("p", "In the order in which they ran. The error is that of the logits on sample tokens, "
+                "relative to their spread, before against after the pass."),
+        _table(("Pass", "Matches", "Graph nodes", "Time", "Error"), rows, numbers={1, 2, 3, 4}),
+    ]  # fmt: skip
+
+
+def _error(fact: Facts) -> str:
+    if fact["error"] is None:
+        return "not checked"
+    bound = fact["tolerance"]
+    return f"{fact['error']:.1e}" + ("" if bound is None else f" (≤ {bound:.0e})")
+
+
+def _drawings(layer: Facts) -> list[Element]:
+    before, after = layer["before"], layer["after"]
+    kinds = sorted({node["kind"] for side in (before, after) for node in side["nodes"]})
+    return [
+        el("h2", "One layer, before and after"),
+        el("p", "Data flows downwards. Point at a box to see where in the model it comes from."),
+        el("div", *(_key(f"node kind-{kind}", kind) for kind in kinds), class_="legend"),
+        el("div", _figure("Before", before), _figure("After", after), class_="drawings"),
+    ]
+
+
+def _figure(title: str, side: Facts) -> Element:
+    count = f"{title}: {len(side['nodes'])} operations"
+    drawing = draw(side["nodes"], side["edges"], count)
+    return el("figure", el("figcaption", el("h3", count)), el("div", drawing, class_="canvas"))
+
+
+def _formats(facts: Facts) -> list[Element]:
+    shares = sorted(facts["weights_by_format"].items(), key=lambda item: -item[1])
+    bar = [el("span", class_=f"fmt-{name}", style=f"flex:{share:.4f}") for name, share in shares]
+    keys = [_key(f"fmt-{name}", f"{name} {share:.1%}") for name, share in shares]
+    rows = [
+        (el("code", name), role, el("code", fmt), str(count), amount(parameters), size(count_bytes))
+        for (name, role, fmt), (count, parameters, count_bytes) in _by_module(facts["formats"])
+    ]
+    head = ("Weight", "Role", "Format", "Tensors", "Parameters", "Stored")
+    return [
+        el("h2", "Weight formats"),
+        el("p", "Share of the parameters in each format; below, weights of one kind in one row."),
+        el("div", *bar, class_="bar"),
+        el("div", *keys, class_="legend"),
+        _table(head, rows, numbers={3, 4, 5}),
+    ]
+
+
+def _by_module(
+    formats: Iterable[Facts],
+) -> list[tuple[tuple[str, str, str], tuple[int, int, int]]]:
+    """Weights that differ only in their numbers (layer, expert) together, in order."""
+    groups: dict[tuple[str, str, str], tuple[int, int, int]] = {}
+    for fact in formats:
+        key = (re.sub(r"(?<=\.)\d+(?=\.)", "*", fact["weight"]), fact["role"], fact["format"])
+        count, parameters, stored = groups.get(key, (0, 0, 0))
+        groups[key] = (count + 1, parameters + fact["parameters"], stored + fact["bytes"])
+    return list(groups.items())
+
+
+def _kernels(facts: Facts, sources: Mapping[str, str]) -> list[Element]:
+    rows = [
+        (el("code", k["symbol"]), k["kind"], _spec(k["spec"]), str(_steps(k)))
+        for k in facts["kernels"]
+    ]
+    section = [
+        el("h2", "Kernels"),
+        el(
+            "p",
+            "Each is generated for one shape and format; layers of the same structure share it.",
+        ),
+        _table(("Symbol", "Kind", "Specialised for", "Steps"), rows, numbers={3}),
+    ]
+    if facts["extern_steps"]:
+        externs = [(el("code", e["op"]), e["where"]) for e in facts["extern_steps"]]
+        section += [el("h2", "Steps left to torch"), _table(("Operation", "Where"), externs)]
+    if sources:
+        section += [el("h2", "Sources"), *(_source(n, sources[n]) for n in sorted(sources))]
+    return section
+
+
+def _source(name: str, text: str) -> Element:
+    lines = el("span", f"  {len(text.splitlines())} lines", class_="soft")
+    return el("details", el("summary", el("code", name), lines), el("pre", text))
+
+
+def _spec(spec: Facts | str) -> Cell:
+    if isinstance(spec, str):
+        return el("span", spec, class_="mono soft")
+    shown = (f"{k}={_short(v)}" for k, v in spec.items() if k != "kind" and v not in ("", None, []))
+    return el("span", ", ".join(shown), class_="mono soft")
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "(" + ", ".join(f"{k}={_short(v)}" for k, v in value.items()) + ")"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_short, value)) + "]"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _steps(kernel: Facts) -> int:
+    steps = kernel["steps"]
+    return steps if isinstance(steps, int) else len(steps)
+
+
+# --- pieces ---------------------------------------------------------------------------------------
+
+
+def _table(
+    head: Sequence[str], rows: Iterable[Sequence[Cell]], numbers: Iterable[int] = ()
+) -> Element:
+    style = [{"class": "num"} if i in numbers else {} for i in range(len(head))]
+    return el(
+        "div",
+        el(
+            "table",
+            el("thead", el("tr", *(el("th", h, **s) for h, s in zip(head, style, strict=True)))),
+            el("tbody", *(
+                el("tr", *(el("td", c, **s) for c, s in zip(row, style, strict=True)))
+                for row in rows
+            )),
+        ),
+        class_="scroll",
+    )  # fmt: skip
+
+
+def _with_note(main: Element, *notes: str) -> Element:
+    return el("div", main, *(el("div", note, class_="note") for note in notes if note))
+
+
+def _key(style: str, label: str) -> Element:
+    return el("span", el("i", class_=style), label)
+
+
+def _texts(notes: str | Sequence[str] | None) -> Sequence[str]:
+    return [notes] if isinstance(notes, str) else notes or []

@@ -1,0 +1,6 @@
+"""The runtime: opens an artifact and runs it, with numpy and ctypes and nothing of the compiler."""
+
+from .artifact import Artifact
+from .session import Generation, Piece, Session
+
+__all__ = ["Artifact", "Generation", "Piece", "Session"]

@@ -1,0 +1,108 @@
+"""Steps that no kernel computes: torch runs them on views of the arena, without copying operands.
+
+``args`` and ``kwargs`` of a step are JSON, in which an object stands for what JSON cannot say:
+
+    {"operand": "x"}                       the bound buffer from its first column on, [rows, width]
+    {"operand": "x", "shape": [1, -1, 8]}  the same so shaped: -1 is the rows, 8 columns are read
+    {"size": "tokens"}                     how many tokens the batch has (or "rows")
+    {"dtype": "float32"}                   torch.float32
+
+The result, whatever its shape, fills the columns of ``out`` from its first on.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from .. import errors
+from .batch import Batch
+from .layout import ExternStep
+from .memory import Arena
+from .tensors import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor as TorchTensor
+
+# Arrays that numpy can only carry as raw bits.
+_BITS = {"bf16": "bfloat16", "e4m3": "float8_e4m3fn"}
+
+
+class ExternRunner:
+    """Runs the extern steps of a plan; raises MissingExtra or Unsupported when it cannot."""
+
+    def __init__(
+        self, steps: Sequence[ExternStep], arena: Arena, weights: Mapping[str, Tensor]
+    ) -> None:
+        try:
+            import torch
+        except ImportError as error:
+            purpose = f"the step {steps[0].op}"
+            raise errors.MissingExtra(package="torch", purpose=purpose, extra="hf") from error
+        self._torch = torch
+        self._arena = arena
+        self._weights = weights
+        self._ops = {step.index: self._resolve(step) for step in steps}
+
+    def run(self, step: ExternStep, batch: Batch) -> None:
+        """Compute ``step`` for the batch whose activations the arena holds."""
+        out = self._operand("out", step, None, batch)
+        if out.shape[0] == 0:
+            return
+        with self._torch.inference_mode():
+            args = [self._value(arg, step, batch) for arg in step.args]
+            kwargs = {name: self._value(arg, step, batch) for name, arg in step.kwargs.items()}
+            result = self._ops[step.index](*args, **kwargs).reshape(out.shape[0], -1)
+            out[:, : result.shape[1]] = result
+
+    def _value(self, arg: Any, step: ExternStep, batch: Batch) -> Any:
+        """The Python value of a JSON argument."""
+        match arg:
+            case list():
+                return [self._value(item, step, batch) for item in arg]
+            case {"operand": name}:
+                return self._operand(name, step, arg.get("shape"), batch)
+            case {"size": over}:
+                return batch.extent(over)
+            case {"dtype": name}:
+                return getattr(self._torch, name)
+        return arg
+
+    def _operand(self, name: str, step: ExternStep, shape: list[int] | None, batch: Batch) -> Any:
+        buffer, column = step.bind[name]
+        tensor = self._view(buffer, batch)
+        if buffer not in self._arena.activations or shape is None:
+            part = tensor[:, column:] if column else tensor
+            return part if shape is None else part.reshape(shape)
+        width = math.prod(size for size in shape if size >= 0)
+        return tensor[:, column : column + width].reshape(shape)
+
+    def _view(self, buffer: str, batch: Batch) -> TorchTensor:
+        """A whole buffer: the rows in use of an activation, a weight, or an input by its name."""
+        if buffer in self._arena.activations:
+            rows = batch.extent(self._arena.activations[buffer].over)
+            dtype, array = self._arena.tensor(buffer, rows)
+        elif buffer in self._weights:
+            dtype, array = self._weights[buffer]
+        else:
+            dtype, array = "i32", getattr(batch, buffer)
+        with warnings.catch_warnings():  # mapped weights are read-only, which torch dislikes
+            warnings.simplefilter("ignore", UserWarning)
+            tensor = self._torch.from_numpy(array)
+        return tensor.view(getattr(self._torch, _BITS[dtype])) if dtype in _BITS else tensor
+
+    def _resolve(self, step: ExternStep) -> Callable[..., TorchTensor]:
+        found: Any = self._torch.ops
+        try:
+            for part in step.op.split("."):
+                found = getattr(found, part)
+        except AttributeError as error:
+            raise errors.Unsupported(
+                reason=f"torch {self._torch.__version__} has no operator {step.op}",
+                where=step.where,
+                advice="install the torch that the artifact was made with, or import the library "
+                "that registers the operator",
+            ) from error
+        return cast("Callable[..., TorchTensor]", found)

@@ -1,0 +1,137 @@
+"""The report is one file, complete, deterministic, and nothing in a model can become markup."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+from itertools import pairwise
+from typing import Any
+
+import networkx as nx
+import pytest
+from tokenmill.drawing import layout
+from tokenmill.report import render
+
+
+def _side(*chains: str) -> dict[str, Any]:
+    """A drawing's graph from chains such as "x norm q": each word a node, each step an edge."""
+    pairs = [(a, b) for chain in chains for a, b in pairwise(chain.split())]
+    names = dict.fromkeys(word for chain in chains for word in chain.split())
+    kinds = {"norm": "norm", "q": "linear", "attend": "attention"}
+    nodes = [
+        {"id": n, "label": n, "kind": kinds.get(n, "pointwise"), "where": f"model.layers.1.{n}"}
+        for n in names
+    ]
+    return {"nodes": nodes, "edges": [list(pair) for pair in pairs]}
+
+
+@pytest.fixture
+def facts() -> dict[str, Any]:
+    return {
+        "model": {"name": "tiny <b>deepseek</b>", "layers": 4, "vocab": 2048, "positions": 1024},
+        "parameters": {"total": 9_363_456, "active": 3_105_000},
+        "bytes": {"weights": 6_100_000, "original": 18_724_160},
+        "kv_bytes_per_token": 640,
+        "kv_bytes_per_token_expanded": 5120,
+        "weights_by_format": {"int4-g32": 0.71, "int8": 0.19, "bf16": 0.1},
+        "formats": [
+            {"weight": f"model.layers.{i}.mlp.experts.gate_up", "role": "expert",
+             "format": "int4-g32", "parameters": 100_000, "bytes": 56_250}
+            for i in (1, 2, 3)
+        ],
+        "kernels": [
+            {"symbol": "linear_0", "kind": "linear", "steps": 4, "spec": {"n": 64, "k": 32}},
+        ],
+        "extern_steps": [],
+        "passes": [
+            {"name": "fuse_experts", "summary": "Fuse routed experts.", "matches": 3,
+             "seconds": 0.04, "error": 2.1e-7, "tolerance": 1e-4, "exact": True,
+             "nodes_before": 214, "nodes_after": 160, "notes": []},
+            {"name": "quantize", "summary": "Give every weight its format.", "matches": 31,
+             "seconds": 1.2, "error": None, "tolerance": None, "exact": False,
+             "nodes_before": 160, "nodes_after": 160, "notes": ["3 experts never routed to"]},
+        ],
+        "targets": ["cpu-x86-64-v3"],
+        "peak_memory_bytes": 31_000_000,
+        "capacity": {"tokens": 512, "rows": 64},
+        "stages": {},
+        "layer": {
+            "before": _side("x pow mean rsqrt mul norm q attend add", "x mul", "x add"),
+            "after": _side("x norm q attend add", "x add"),
+        },
+    }  # fmt: skip
+
+
+class _Reader(HTMLParser):
+    """Collects every attribute that could fetch something, the tags, and the visible text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.texts: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [v or "" for k, v in attrs if k in ("src", "href", "srcset", "data")]
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_it_is_one_file_without_scripts_or_outside_resources(facts: dict[str, Any]) -> None:
+    page = render(facts, {"step.cpp": "int main() { return 1 < 2; }"})
+    reader = _Reader(page)
+    assert reader.links == []
+    assert not {"script", "link", "img", "iframe"} & set(reader.tags)
+    assert "url(" not in page
+    assert "@import" not in page
+
+
+def test_it_names_every_pass_kernel_and_source(facts: dict[str, Any]) -> None:
+    text = " ".join(_Reader(render(facts, {"step.cpp": "int tm_abi_version(void);"})).texts)
+    for expected in (
+        "fuse_experts", "214 → 160", "2.1e-07", "not checked", "3 experts never routed to",
+        "linear_0", "n=64, k=32", "step.cpp", "int tm_abi_version(void);", "model.layers.*.mlp",
+        "18.7 MB", "8.0x smaller", "Before: 9 operations", "After: 5 operations",
+    ):  # fmt: skip
+        assert expected in text
+
+
+def test_names_and_sources_are_text_never_markup(facts: dict[str, Any]) -> None:
+    page = render(facts, {"a.cpp": "</pre><script>alert(1)</script>"})
+    assert "<script>" not in page
+    assert "<b>" not in page
+    assert "tiny <b>deepseek</b>" in _Reader(page).texts
+
+
+def test_the_same_facts_give_the_same_bytes(facts: dict[str, Any]) -> None:
+    assert render(facts, {}) == render(facts, {})
+
+
+def test_extern_steps_are_listed(facts: dict[str, Any]) -> None:
+    facts["extern_steps"] = [{"op": "aten.cumsum.default", "where": "model.layers.0.odd"}]
+    texts = _Reader(render(facts, {})).texts
+    assert "aten.cumsum.default" in texts
+    assert "model.layers.0.odd" in texts
+
+
+def test_a_model_without_a_layer_to_draw(facts: dict[str, Any]) -> None:
+    facts["layer"] = {"before": _side(), "after": _side()}
+    assert "Before: 0 operations" in render(facts, {})
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_boxes_of_a_row_never_overlap_and_edges_run_down(seed: int) -> None:
+    edges = nx.gnp_random_graph(24, 0.15, seed=seed, directed=True).edges
+    graph = nx.DiGraph((a, b) for a, b in edges if a < b)
+    width = {node: 30.0 + 7 * (node % 5) for node in graph}
+    placed = layout(graph, width)
+    for row in placed.rows:
+        boxes = [
+            (placed.x[n] - width[n] / 2, placed.x[n] + width[n] / 2) for n in row if n in width
+        ]
+        assert all(left[1] < right[0] for left, right in pairwise(boxes))
+    rank = {node: i for i, row in enumerate(placed.rows) for node in row}
+    for route in placed.routes:
+        assert [rank[n] for n in route] == list(range(rank[route[0]], rank[route[-1]] + 1))
