@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from .console import Progress, answering, facts_view, pairs, progress_bars
+from .console import answering, facts_view, pairs, progress_bars
 from .errors import BadRequest
 
 if TYPE_CHECKING:
+    from .api import Progress
     from .recipe import Recipe
     from .runtime import Artifact
 
@@ -61,18 +62,19 @@ def optimize(
         Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where the artifact goes.")
     ] = None,
     target: Annotated[
-        list[str] | None, typer.Option(help="What to compile for; may be repeated. [default: cpu]")
+        list[str] | None,
+        typer.Option(help="What to compile for; repeatable. Default: cpu, this machine."),
     ] = None,
     weights: Annotated[
         str | None,
         typer.Option(
             metavar="FORMAT",
-            help="fp32, bf16, int8, int4 (or int4-g32, -g64, -g128), fp8. [default: bf16]",
+            help="fp32, bf16, int8, int4 (or int4-g32, -g64, -g128), fp8. Default: bf16.",
         ),
     ] = None,
     kv: Annotated[
         str | None,
-        typer.Option(metavar="FORMAT", help="Of the cache: fp32, bf16, int8. [default: bf16]"),
+        typer.Option(metavar="FORMAT", help="Of the cache: fp32, bf16, int8. Default: bf16."),
     ] = None,
     recipe: Annotated[
         Path | None,
@@ -236,13 +238,17 @@ def inspect(
 def verify(directory: Dir, as_json: Json = False) -> None:
     """Prove that the artifact DIR is whole and that its kernels come from its plan.
 
-    Every file is compared with its hash, and every kernel is emitted again and compared.
+    Every file is compared with its hash, and every kernel is emitted again and compared.  Exit status
+    1 if the files are whole but this version of tokenmill emits other kernels.
     """
     with answering(as_json) as answer:
         from . import api
 
-        answer.data = api.verify(directory)
-        answer.shown = [pairs({name: str(value) for name, value in answer.data.items()})]
+        found = api.verify(directory)
+        answer.data = found
+        answer.shown = [pairs({name: str(value) for name, value in found.items()})]
+    if not found["reproducible"]:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from typing import Any, TextIO, TypeAlias
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 from rich import progress
@@ -16,7 +16,8 @@ from rich.table import Table
 from .errors import TokenmillError
 from .units import amount, ratio, seconds, size
 
-Progress: TypeAlias = Callable[[str, int, int], None]
+if TYPE_CHECKING:
+    from .api import Progress
 
 
 class Answer:
@@ -59,7 +60,7 @@ def _complain(error: TokenmillError) -> None:
 
 @contextmanager
 def progress_bars() -> Iterator[Progress | None]:
-    """A callback ``(what, done, total)`` that draws bars; None where nobody would see them."""
+    """A callback that draws a bar for each thing done; None where nobody would see them."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield None
@@ -120,7 +121,8 @@ def _passes(facts: Mapping[str, Any]) -> Table:
     for fact in facts["passes"]:
         nodes = f"{fact['nodes_before']} -> {fact['nodes_after']}"
         error = "" if fact["error"] is None else f"{fact['error']:.1e}"
-        table.add_row(fact["name"], str(fact["matches"]), nodes, seconds(fact["seconds"]), error)
+        time = "" if fact["seconds"] is None else seconds(fact["seconds"])
+        table.add_row(fact["name"], str(fact["matches"]), nodes, time, error)
     return table
 
 

@@ -6,6 +6,7 @@ import ctypes.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 from collections import defaultdict
@@ -21,8 +22,9 @@ from .errors import TokenmillError
 from .runtime.cpu import available_cores
 from .units import size
 
+CORE = "core"
 EXTRAS = {
-    "": "everything",
+    CORE: "everything",
     "hf": "Hugging Face checkpoints and text",
     "onnx": "ONNX export",
     "cuda": "NVIDIA GPUs",
@@ -36,7 +38,7 @@ def diagnose() -> dict[str, Any]:
     remedies = [found["remedy"] for found in (compiler, cpu) if "remedy" in found]
     for extra, versions in packages.items():
         if missing := [name for name, version in versions.items() if version is None]:
-            name = f"tokenmill[{extra}]" if extra else "tokenmill"
+            name = "tokenmill" if extra == CORE else f"tokenmill[{extra}]"
             remedies.append(f"for {EXTRAS[extra]} ({', '.join(missing)}): pip install '{name}'")
     return {
         "python": platform.python_version(),
@@ -55,20 +57,18 @@ def view(found: dict[str, Any]) -> list[RenderableType]:
     """The same for people."""
     table = Table.grid(padding=(0, 2))
     table.add_row("python", f"{found['python']} on {found['system']}")
-    table.add_row("cpu", _described(found["cpu"], "target", "cores"))
+    table.add_row("cpu", _told(found["cpu"], "{target}, {cores} cores"))
     table.add_row("memory", size(found["memory_bytes"]) if found["memory_bytes"] else "unknown")
-    table.add_row("compiler", _described(found["compiler"], "command", "version"))
-    table.add_row("gpu", "\n".join(_described(g, *g) for g in found["gpus"]) or "none found")
+    table.add_row("compiler", _told(found["compiler"], "{version} ({command})"))
+    table.add_row("gpu", "\n".join(", ".join(g.values()) for g in found["gpus"]) or "none found")
     for extra, versions in found["packages"].items():
         shown = ", ".join(f"{n} {v}" if v else f"{n} (missing)" for n, v in versions.items())
-        table.add_row(f"[{extra}]" if extra else "packages", shown)
+        table.add_row(f"packages: {extra}", shown)
     return [table, *(f"-> {remedy}" for remedy in found["remedies"])]
 
 
-def _described(fact: dict[str, Any], *names: str) -> str:
-    if "problem" in fact:
-        return str(fact["problem"])
-    return ", ".join(f"{name.replace('_', ' ')} {fact[name]}" for name in names)
+def _told(fact: dict[str, Any], template: str) -> str:
+    return str(fact["problem"]) if "problem" in fact else template.format(**fact)
 
 
 def _cpu() -> dict[str, Any]:
@@ -81,10 +81,9 @@ def _cpu() -> dict[str, Any]:
 
 def _compiler() -> dict[str, Any]:
     try:
-        found = build.toolchain()
+        return {"command": shlex.join(build.compiler()), "version": build.toolchain()}
     except TokenmillError as error:
         return {"problem": error.message, "remedy": error.advice}
-    return {"command": " ".join(found.command), "version": found.version}
 
 
 def _memory() -> int | None:
@@ -115,7 +114,7 @@ def _packages() -> dict[str, dict[str, str | None]]:
     for requirement in metadata.requires("tokenmill") or []:
         name = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
         extra = re.search(r"extra == ['\"](\w+)", requirement)
-        packages[extra[1] if extra else ""][name] = _version(name)
+        packages[extra[1] if extra else CORE][name] = _version(name)
     return dict(packages)
 
 

@@ -48,7 +48,9 @@ class NeedsRemoteCode(TokenmillError):
 
 class WeightsMissing(TokenmillError):
     what = "{path!r} has a config but its weights are missing: {reason}"
-    remedy = "download the *.safetensors files too (all shards named in model.safetensors.index.json)"
+    remedy = (
+        "download the *.safetensors files too (all shards named in model.safetensors.index.json)"
+    )
 
 
 class WeightsDamaged(TokenmillError):

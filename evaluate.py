@@ -11,10 +11,10 @@ on the tokenizer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,10 @@ from .errors import BadRequest
 from .runtime import Session
 from .runtime.tokenizer import special_ids
 
+if TYPE_CHECKING:
+    from .api import Progress
+
 Logits: TypeAlias = NDArray[np.float32]
-Progress: TypeAlias = Callable[[str, int, int], None]
 
 BATCH_BYTES = 128 << 20  # of logits that are held at once
 BLOCK_VALUES = 1 << 22  # of logits that are worked on at once, in float64
@@ -44,9 +46,9 @@ def windows(tokens: int, window: int, stride: int) -> Iterator[Window]:
     >>> [tuple(w) for w in windows(10, window=6, stride=3)]
     [(0, 6, 1), (3, 9, 6), (6, 10, 9)]
     """
-    scored = 1
+    scored, context = 1, max(1, window - stride)
     while scored < tokens:
-        start = max(0, scored - (window - stride)) if scored > 1 else 0
+        start = max(0, scored - context) if scored > 1 else 0
         stop = min(start + window, tokens)
         yield Window(start, stop, scored)
         scored = stop
@@ -63,14 +65,14 @@ def evaluate(
     """Score ``text`` (or its token ids); the module's docstring states the protocol.
 
     Gives ``bits_per_byte``, ``perplexity``, and how many ``tokens`` and ``bytes`` were scored.
-    With ``against``, an eager model that maps ids ``[B, T]`` to ``.logits``, also ``kl_mean``
-    (KL(original || artifact), nats per token), ``top1_agreement``, ``max_abs_logit_error``, and for
-    its scale ``logit_spread``, the standard deviation of the original's logits.
+    With ``against``, an eager model that maps ids ``[B, T]`` to ``.logits``, also
+    ``original_bits_per_byte``, ``kl_mean`` (KL(original || artifact), nats per token),
+    ``top1_agreement``, ``max_abs_logit_error``, and for its scale ``logit_spread``, the standard
+    deviation of the original's logits.
     """
     window = min(window, session.positions)
-    stride = min(stride, window)
     tokens, size = _tokens(session, text)
-    score, gap = _Score(), _Gap()
+    score, original, gap = _Score(), _Score(), _Gap()
     cuts = list(windows(len(tokens), window, stride))
     batch = max(1, BATCH_BYTES // (4 * window * session.vocab))
     for at in range(0, len(cuts), batch):
@@ -81,10 +83,20 @@ def evaluate(
             rows = slice(first - 1, len(piece) - 1)
             score.add(logits[rows], piece[first:])
             if against is not None:
-                gap.add(_eager_logits(against, piece, session.vocab)[rows], logits[rows])
+                eager = _eager_logits(against, piece, session.vocab)
+                original.add(eager[rows], piece[first:])
+                gap.add(eager[rows], logits[rows])
             if progress:
                 progress("evaluate", cut.stop, len(tokens))
-    return score.result(size) | (gap.result() if against is not None else {})
+    found = {
+        "bits_per_byte": score.bits / size,
+        "perplexity": 2 ** min(score.bits / score.tokens, 1000.0),  # 2^1024 overflows
+        "tokens": score.tokens,
+        "bytes": size,
+    }
+    if against is None:
+        return found
+    return found | {"original_bits_per_byte": original.bits / size} | gap.result()
 
 
 def read_text(path: str | Path) -> str:
@@ -144,23 +156,16 @@ def _eager_logits(model: Any, tokens: Sequence[int], vocab: int) -> Logits:
 class _Score:
     """Running sums over scored tokens."""
 
-    nats: float = 0.0
+    bits: float = 0.0
     tokens: int = 0
 
     def add(self, logits: Logits, targets: Sequence[int]) -> None:
         wanted = np.asarray(targets)
         for block in _blocks(*logits.shape):
             logp = _log_softmax(logits[block])
-            self.nats -= float(np.take_along_axis(logp, wanted[block, None], -1).sum())
+            nats = -np.take_along_axis(logp, wanted[block, None], -1).sum()
+            self.bits += float(nats) / math.log(2)
         self.tokens += len(targets)
-
-    def result(self, size: int) -> dict[str, float | int]:
-        return {
-            "bits_per_byte": self.nats / math.log(2) / size,
-            "perplexity": math.exp(min(self.nats / self.tokens, 700.0)),  # e^709 overflows
-            "tokens": self.tokens,
-            "bytes": size,
-        }
 
 
 @dataclass

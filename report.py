@@ -1,7 +1,8 @@
 """The HTML report: what was done to a model, in one file that needs nothing else.
 
 Everything comes from the ``facts`` that :func:`tokenmill.optimize` collects and the artifact keeps,
-so a report can be made again at any time, and the same facts give the same bytes.
+so a report can be made again at any time.  Two builds of one model give the same bytes: no clock
+shows, not even the time that a pass took.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, TypeAlias
 from xml.etree.ElementTree import Element, tostring
 
 from .drawing import draw, el
-from .units import amount, ratio, seconds, size
+from .units import amount, ratio, size
 
 Facts: TypeAlias = Mapping[str, Any]
 Cell: TypeAlias = Element | str
@@ -95,7 +96,6 @@ def _passes(passes: Sequence[Facts]) -> list[Element]:
             _with_note(el("code", p["name"]), p["summary"], *_texts(p.get("notes"))),
             str(p["matches"]),
             f"{p['nodes_before']} → {p['nodes_after']}",
-            seconds(p["seconds"]),
             _error(p),
         )
         for p in passes
@@ -104,7 +104,7 @@ def _passes(passes: Sequence[Facts]) -> list[Element]:
         el("h2", "Passes"),
         el("p", "In the order in which they ran. The error is that of the logits on sample tokens, "
                 "relative to their spread, before against after the pass."),
-        _table(("Pass", "Matches", "Graph nodes", "Time", "Error"), rows, numbers={1, 2, 3, 4}),
+        _table(("Pass", "Matches", "Graph nodes", "Error"), rows, numbers={1, 2, 3}),
     ]  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def _drawings(layer: Facts) -> list[Element]:
     return [
         el("h2", "One layer, before and after"),
         el("p", "Data flows downwards. Point at a box to see where in the model it comes from."),
-        el("div", *(_key(f"node kind-{kind}", kind) for kind in kinds), class_="legend"),
+        el("div", *(_legend(f"node kind-{kind}", kind) for kind in kinds), class_="legend"),
         el("div", _figure("Before", before), _figure("After", after), class_="drawings"),
     ]
 
@@ -135,7 +135,7 @@ def _figure(title: str, side: Facts) -> Element:
 def _formats(facts: Facts) -> list[Element]:
     shares = sorted(facts["weights_by_format"].items(), key=lambda item: -item[1])
     bar = [el("span", class_=f"fmt-{name}", style=f"flex:{share:.4f}") for name, share in shares]
-    keys = [_key(f"fmt-{name}", f"{name} {share:.1%}") for name, share in shares]
+    keys = [_legend(f"fmt-{name}", f"{name} {share:.1%}") for name, share in shares]
     rows = [
         (el("code", name), role, el("code", fmt), str(count), amount(parameters), size(count_bytes))
         for (name, role, fmt), (count, parameters, count_bytes) in _by_module(facts["formats"])
@@ -233,7 +233,7 @@ def _with_note(main: Element, *notes: str) -> Element:
     return el("div", main, *(el("div", note, class_="note") for note in notes if note))
 
 
-def _key(style: str, label: str) -> Element:
+def _legend(style: str, label: str) -> Element:
     return el("span", el("i", class_=style), label)
 
 

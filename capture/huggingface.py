@@ -20,7 +20,14 @@ from .module import capture
 
 _NAME = "tokenmill"
 # Keyword arguments of an attention call that say nothing about what it computes.
-_NEUTRAL = {"position_ids", "use_cache", "cache_position", "output_attentions", "dropout", "training"}
+_NEUTRAL = {
+    "position_ids",
+    "use_cache",
+    "cache_position",
+    "output_attentions",
+    "dropout",
+    "training",
+}
 _GATED = [f"{fn}(acc0) * acc1" for fn in ("silu", "gelu", "gelu_tanh", "relu", "sigmoid", "tanh")]
 _GATED.append("square(relu(acc0)) * acc1")
 _PLAIN = [g.removesuffix(" * acc1") for g in _GATED]
@@ -84,7 +91,9 @@ def _attention(
     **rest: Any,
 ) -> tuple[Tensor, None]:
     """The library's attention interface: q, k, v ``[1, H, T, D]`` in, ``[1, T, H, D]`` out."""
-    unknown = sorted(k for k, v in rest.items() if k not in _NEUTRAL and v is not None and v is not False)
+    unknown = sorted(
+        k for k, v in rest.items() if k not in _NEUTRAL and v is not None and v is not False
+    )
     kind = _layer_type(module)
     if attention_mask is not None or not getattr(module, "is_causal", True):
         _refuse(module, "attention that is not plainly causal", "only decoders can be compiled")

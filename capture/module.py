@@ -35,7 +35,11 @@ class _Call(nn.Module):
         self.call = call
 
     def forward(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
-        out = self.call(self.model, ids) if positions is None else self.call(self.model, ids, positions)
+        out = (
+            self.call(self.model, ids)
+            if positions is None
+            else self.call(self.model, ids, positions)
+        )
         logits = getattr(out, "logits", out)
         return logits[0] if isinstance(logits, tuple) else logits
 
@@ -95,7 +99,11 @@ def _user_frame(error: BaseException) -> str:
     found, trace = "", error.__traceback__
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename
-        if "/torch/" not in file and not file.startswith("<") and "tokenmill" not in trace.tb_frame.f_globals.get("__name__", ""):
+        if (
+            "/torch/" not in file
+            and not file.startswith("<")
+            and "tokenmill" not in trace.tb_frame.f_globals.get("__name__", "")
+        ):
             found = f"{file}:{trace.tb_lineno}, in {trace.tb_frame.f_code.co_name}"
         trace = trace.tb_next
     return found

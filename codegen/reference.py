@@ -7,6 +7,7 @@ references of ``ir``: :func:`quant.dequantize`, :mod:`ir.cache`, :func:`router.r
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -85,11 +86,13 @@ def _view(
     if buffer.name not in values:
         count = {"tokens": tokens, "rows": rows, "fixed": 1}[buffer.rows]
         values[buffer.name] = torch.zeros(count, buffer.width, dtype=_DTYPES[buffer.dtype])
-    return values[buffer.name][:, operand.column : operand.column + _width(step.spec, param, buffer.width)]
+    return values[buffer.name][
+        :, operand.column : operand.column + _width(step.spec, param, buffer.width)
+    ]
 
 
-def _width(spec: KernelSpec, param: str, whole: int) -> int:
-    """Columns that a kernel reads or writes of an arena operand."""
+def operand_width(spec: KernelSpec, param: str) -> int:
+    """Columns that a kernel reads or writes of an activation; 0 where it takes what is there."""
     match spec, param:
         case Linear(), "x":
             return spec.k
@@ -123,7 +126,9 @@ def _width(spec: KernelSpec, param: str, whole: int) -> int:
             return spec.top_k
         case Experts(), _:
             return spec.hidden
-    return whole
+        case Extern(), "out":
+            return math.prod(size for size in spec.out_shape if size >= 0)
+    return 0
 
 
 # --- one meaning per kernel -------------------------------------------------------------------------
@@ -224,7 +229,9 @@ def latent_attend(spec: LatentAttend, o: Operands, batch: Batch) -> Outputs:
         q = o["q"][lo:hi].unflatten(-1, (spec.heads, spec.nope + spec.rope))
         q_nope, q_pe = q.split((spec.nope, spec.rope), -1)
         q_latent = torch.einsum("thn,hnl->thl", q_nope, w_uk)
-        score = torch.einsum("thl,jl->htj", q_latent, latent) + torch.einsum("thr,jr->htj", q_pe, k_pe)
+        score = torch.einsum("thl,jl->htj", q_latent, latent) + torch.einsum(
+            "thr,jr->htj", q_pe, k_pe
+        )
         score = (score * spec.scale).masked_fill(~_visible(batch, lo, hi, length, 0), -torch.inf)
         mixed = torch.einsum("htj,jl->thl", score.softmax(-1), latent)
         out[lo:hi] = torch.einsum("thl,hvl->thv", mixed, w_uv)
@@ -251,24 +258,40 @@ def experts(spec: Experts, o: Operands, batch: Batch) -> Outputs:
 
 
 def extern(spec: Extern, o: Operands, batch: Batch) -> Outputs:
-    """Call the op that ``spec.op`` names, such as ``aten.cumsum.default``."""
-    namespace, name, overload = spec.op.split(".")
-    op = getattr(getattr(getattr(torch.ops, namespace), name), overload)
-    args, kwargs = _fill_args(json.loads(spec.args), o, len(batch.positions))
-    return {"out": op(*args, **kwargs).reshape(o["out"].shape)}
+    """Call the op that ``spec.op`` names; :class:`Extern` says how its arguments are written."""
+    op: Any = torch.ops
+    for name in spec.op.split("."):
+        op = getattr(op, name)
+    args, kwargs = _argument(json.loads(spec.args), o)
+    result = op(*args, **kwargs)
+    result = result if spec.item < 0 else result[spec.item]
+    return {"out": result.reshape(o["out"].shape[0], -1)}
 
 
-def _fill_args(data: Any, o: Operands, tokens: int) -> Any:
+def _argument(data: Any, o: Operands) -> Any:
+    """The value that JSON ``data`` stands for."""
     match data:
         case {"operand": name}:
-            return o[name]
-        case {"size": "tokens"}:
-            return tokens
+            return _shaped(o[name], data.get("shape"), data.get("dtype"))
+        case {"size": "tokens" | "rows"}:
+            return o["out"].shape[0] * data.get("times", 1)
+        case {"torch": name}:
+            return getattr(torch, name)
+        case {"device": _}:
+            return torch.device("cpu")
         case dict():
-            return {k: _fill_args(v, o, tokens) for k, v in data.items()}
+            return {k: _argument(v, o) for k, v in data.items()}
         case list():
-            return [_fill_args(v, o, tokens) for v in data]
+            return [_argument(v, o) for v in data]
     return data
+
+
+def _shaped(x: Tensor, shape: list[int] | None, dtype: str | None) -> Tensor:
+    """``x``, of which ``shape`` may use only the first columns."""
+    if shape is not None:
+        columns = math.prod(size for size in shape if size >= 0)
+        x = (x[:, :columns] if x.dim() == 2 and x.shape[1] > columns else x).reshape(shape)
+    return x if dtype is None else x.to(getattr(torch, dtype))
 
 
 _RUN: dict[str, Callable[[Any, Operands, Batch], Outputs]] = {

@@ -123,9 +123,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 @op(
     "linear(Tensor x, Tensor[] weight, Tensor? bias, Tensor[] extras, str format, int parts, "
     "str epilogue) -> Tensor",
-    lambda x, weight, bias, extras, format, parts, epilogue: _last(
-        x, weight[0].shape[0] // parts
-    ),
+    lambda x, weight, bias, extras, format, parts, epilogue: _last(x, weight[0].shape[0] // parts),
 )
 def linear(
     x: Tensor,

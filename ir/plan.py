@@ -310,18 +310,19 @@ class Experts:
 class Extern:
     """A step that torch runs, ``op`` an overload name such as ``aten.cumsum.default``.
 
-    ``args`` is JSON text ``[positional, {keyword: ...}]`` of the op's arguments.  Plain values stand for
-    themselves; objects stand for what JSON cannot say:
+    ``args`` is JSON text ``{"args": [...], "kwargs": {...}}`` of the op's arguments.  Plain values stand
+    for themselves, objects for what JSON cannot say:
 
-    ``{"operand": "x0", "shape": [1, -1, 8], "dtype": "float32"}``  a parameter, reshaped from its dense
-    rows (-1 takes what the row count gives) and cast to that torch dtype;
-    ``{"size": "tokens", "times": 4}``  4 T (or, with "rows", 4 R);
-    ``{"torch": "float32"}``  ``torch.float32``, or another dtype or memory format of that name;
-    ``{"device": "cpu"}``  wherever the step runs.
+    ``{"operand": "x0", "columns": 8, "shape": [1, -1, 2, 4], "dtype": "float32"}``
+        a parameter: 8 columns of every row, reshaped (-1: the dim that counts rows), as that torch dtype
+    ``{"size": "tokens", "times": 4}``
+        four times the step's token count (or, with "rows", its count of selected rows)
+    ``{"dtype": "float32"}``
+        ``torch.float32``
 
-    ``item`` picks one of several results (-1: there is just one).  The result, cast to ``out_dtype`` and
-    flattened to ``[rows, prod(out_shape)]`` (-1, the row dim, left out), goes to ``out``.  Integers are
-    kept as i32 between steps.
+    ``item`` picks one of several results (-1: there is just one).  The result has ``out_shape`` (-1 as
+    above); its numbers, cast to ``out_dtype``, fill the rows of ``out`` in order.  Between steps integers
+    are i32.
     """
 
     kind: ClassVar[str] = "extern"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from ..ir.program import Program, is_weight, shape
-from .base import Pass, aten, calls, is_call, replace, same_shape, same_size, sweep
+from .base import Pass, aten, calls, is_call, mill, replace, same_shape, same_size, sweep
 from .region import dependents, fold, is_token_count
 
 
@@ -147,6 +147,26 @@ def _leading_rows(program: Program, node: fx.Node) -> bool:
     return True
 
 
+def _embedding(program: Program, node: fx.Node) -> bool:
+    """embedding(W, ids) = embed([W], ids)"""
+    if not is_call(node, aten.embedding) or not is_weight(node.args[0]):
+        return False
+    table, index = node.args[:2]
+    with program.graph.inserting_before(node):
+        replace(program, node, program.call(mill.embed.default, [table], index, "fp32", like=node))
+    return True
+
+
+def _double_transpose(program: Program, node: fx.Node) -> bool:
+    """(x^T)^T = x"""
+    if not is_call(node, aten.transpose) or not is_call(inner := node.args[0], aten.transpose):
+        return False
+    if not same_shape(inner.args[0], node) or set(inner.args[1:]) != set(node.args[1:]):
+        return False
+    node.replace_all_uses_with(inner.args[0])
+    return True
+
+
 def _size_arithmetic(program: Program, node: fx.Node) -> bool:
     """Integer arithmetic that comes out as T, or as a plain number."""
     if not is_call(node, operator.mul, operator.add, operator.sub, operator.floordiv):
@@ -164,6 +184,8 @@ _RULES: tuple[Callable[[Program, fx.Node], bool], ...] = (
     _unit_factor,
     _positions,
     _leading_rows,
+    _embedding,
+    _double_transpose,
     _reshape,
 )
 
@@ -178,7 +200,11 @@ class FoldWeights(Pass):
         moving = dependents(program, lambda n: n.op == "placeholder") | _sized(program)
         matches = 0
         for node in list(program.graph.nodes):
-            if node.op != "call_function" or node in moving or not isinstance(node.meta.get("val"), Tensor):
+            if (
+                node.op != "call_function"
+                or node in moving
+                or not isinstance(node.meta.get("val"), Tensor)
+            ):
                 continue
             if not any(u in moving or u.op == "output" for u in node.users):
                 continue
@@ -235,14 +261,20 @@ def _column_ranges(linear: fx.Node) -> list[tuple[fx.Node, int, int]] | None:
     found: list[tuple[fx.Node, int, int]] = []
     last, width = len(shape(linear)) - 1, shape(linear)[-1]
     for user in linear.users:
-        if is_call(user, aten.split_with_sizes) and len(user.args) > 2 and user.args[2] in (-1, last):
+        if (
+            is_call(user, aten.split_with_sizes)
+            and len(user.args) > 2
+            and user.args[2] in (-1, last)
+        ):
             bounds = [0]
             for size in user.args[1]:
                 bounds.append(bounds[-1] + size)
             found += [(g, bounds[g.args[1]], bounds[g.args[1] + 1]) for g in user.users]
         elif is_call(user, aten.slice) and user.args[1] in (-1, last) and len(user.args) == 4:
             begin, end = (int(a) for a in user.args[2:4])
-            found.append((user, begin % width if begin else 0, min(end, width) if end >= 0 else end + width))
+            found.append(
+                (user, begin % width if begin else 0, min(end, width) if end >= 0 else end + width)
+            )
         else:
             return None
     return found or None

@@ -32,7 +32,9 @@ class CompressKV(Pass):
             heads, nope = (int(s) for s in shape(keys)[-2:])
             with program.graph.inserting_before(node):
                 up = _per_head(program, _projection(keys), heads, nope, "w_uk")
-                down = _per_head(program, _projection(values), heads, int(shape(values)[-1]), "w_uv")
+                down = _per_head(
+                    program, _projection(values), heads, int(shape(values)[-1]), "w_uv"
+                )
                 latent = _flat(program, _projection(keys).args[0])
                 new = program.call(
                     mill.latent_attention.default, q, latent, _flat(program, rotary), [up], [down],

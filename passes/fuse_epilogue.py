@@ -18,7 +18,10 @@ from .views import features, rows, width
 
 @dataclass
 class FuseEpilogue(Pass):
-    """f(x W^T, r) => x W^T with the epilogue f(acc0, e0), e0 = r; the residual add is the usual f."""
+    """f(x W^T, r) => x W^T with the epilogue f(acc0, e0) and e0 = r.
+
+    The usual f is the residual add.
+    """
 
     name = "fuse_epilogue"
 
@@ -39,7 +42,7 @@ def is_row(source: fx.Node, like: fx.Node) -> bool:
 
 
 def _producer(node: fx.Node) -> fx.Node | None:
-    """The last linear map among the inputs that only this node reads; the others are there by then."""
+    """The last linear map that only this node reads; its other inputs are there by then."""
     inputs = node.args[0]
     if not all(is_weight(i) or is_row(i, node) for i in inputs):
         return None

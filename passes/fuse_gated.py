@@ -96,4 +96,6 @@ def _weight(program: Program, sides: list[_Side]) -> tuple[fx.Node, fx.Node | No
     halves = gate.columns.base is up.columns.base and (gate.columns.start, up.columns.start)
     if halves == (0, gate.columns.width) and width(gate.columns.base) == 2 * gate.columns.width:
         return gate.linear.weight[0], gate.linear.bias
-    return stack(program, [part(program, s.linear, s.columns.start, s.columns.width) for s in sides])
+    return stack(
+        program, [part(program, s.linear, s.columns.start, s.columns.width) for s in sides]
+    )

@@ -59,7 +59,12 @@ def _normalized(node: object) -> tuple[fx.Node, float] | None:
         if not is_call(factor, aten.rsqrt) or not is_call(total := factor.args[0], aten.add):
             continue
         mean, eps = total.args
-        if isinstance(eps, float) and is_call(mean, aten.mean) and _is_last(mean) and _squares(mean.args[0], x):
+        if (
+            isinstance(eps, float)
+            and is_call(mean, aten.mean)
+            and _is_last(mean)
+            and _squares(mean.args[0], x)
+        ):
             return x, eps
     return None
 
@@ -67,8 +72,12 @@ def _normalized(node: object) -> tuple[fx.Node, float] | None:
 def _squares(node: object, x: object) -> bool:
     if is_call(node, aten.pow):
         return node.args == (x, 2)  # type: ignore[union-attr]
-    return is_call(node, aten.square) and node.args[0] is x or (  # type: ignore[union-attr]
-        is_call(node, aten.mul) and node.args == (x, x)  # type: ignore[union-attr]
+    return (
+        is_call(node, aten.square)
+        and node.args[0] is x
+        or (  # type: ignore[union-attr]
+            is_call(node, aten.mul) and node.args == (x, x)  # type: ignore[union-attr]
+        )
     )
 
 
@@ -88,7 +97,9 @@ def _composite_rms(node: fx.Node) -> _Match | None:
 def _layer(node: fx.Node) -> _Match | None:
     if not is_call(node, aten.layer_norm) or len(node.args[1]) != 1:
         return None
-    x, _, weight, bias, eps = (*node.args, None, None, 1e-5)[:5] if len(node.args) < 5 else node.args[:5]
+    x, _, weight, bias, eps = (
+        (*node.args, None, None, 1e-5)[:5] if len(node.args) < 5 else node.args[:5]
+    )
     return mill.layer_norm.default, x, (weight, bias), 1e-5 if eps is None else eps
 
 

@@ -19,8 +19,8 @@ from .views import features, rows, width
 class FusePointwise(Pass):
     """f(g(x), h(y)) => one expression of x and y.
 
-    A producer is computed inside its consumers if all of them are pointwise and that repeats nothing
-    dear: it is named once, or reads one row and costs at most ``repeat`` cheap operations.
+    A producer is computed inside its consumers if all of them are pointwise and nothing dear is
+    repeated: it is named once, or reads one row and costs at most ``repeat`` cheap operations.
     """
 
     repeat: int = 4
@@ -32,6 +32,7 @@ class FusePointwise(Pass):
             if (found := scalar_expression(node)) and _is_rowwise(node, found[1]):
                 with program.graph.inserting_before(node):
                     replace(program, node, pointwise(program, *found, like=node))
+                program.graph.erase_node(node)
         for producer in calls(program, mill.pointwise):
             if self._belongs_to_users(producer):
                 for consumer in list(producer.users):

@@ -20,8 +20,8 @@ RESIDUAL = 5  # position among the arguments of mill.experts
 class FuseResidual(Pass):
     """h + (experts(x) + shared(x)) => experts(x, residual = h + shared(x)).
 
-    The inner sum is left for the shared expert's epilogue, so that a block ends without a step of its
-    own for adding up.
+    The inner sum is left for the shared expert's epilogue, so that a block ends without a step
+    that only adds up.
     """
 
     name = "fuse_residual"
@@ -55,10 +55,10 @@ def without(total: Expr, term: str) -> Expr | None:
         case Call("add", (Ref(name), rest) | (rest, Ref(name))) if name == term:
             return rest
         case Call("add", (left, right)):
-            if (rest := without(left, term)) is not None:
-                return Call("add", (rest, right))
-            if (rest := without(right, term)) is not None:
-                return Call("add", (left, rest))
+            if (fewer := without(left, term)) is not None:
+                return Call("add", (fewer, right))
+            if (fewer := without(right, term)) is not None:
+                return Call("add", (left, fewer))
     return None
 
 

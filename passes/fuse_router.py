@@ -40,16 +40,14 @@ class FuseRouter(Pass):
                 continue
             logits, bias, spec = found
             with program.graph.inserting_before(node):
-                routed = program.call(mill.route.default, logits, bias, dump_router(spec), like=node)
+                routed = program.call(
+                    mill.route.default, logits, bias, dump_router(spec), like=node
+                )
                 chosen = [program.call(operator.getitem, routed, i, like=node) for i in (0, 1)]
             node.args = (node.args[0], *chosen, *node.args[3:])
             matches += 1
         sweep(program)
         return matches
-
-
-
-
 
 
 def _recognize(
@@ -91,7 +89,9 @@ def _agrees(wanted: tuple[Tensor, Tensor], got: tuple[Tensor, Tensor]) -> float 
     return float(ratio.median()) if torch.allclose(ratio, ratio.median(), rtol=1e-4) else None
 
 
-def _candidates(region: list[fx.Node], top_k: int, experts: int, bias: bool) -> Iterator[RouterSpec]:
+def _candidates(
+    region: list[fx.Node], top_k: int, experts: int, bias: bool
+) -> Iterator[RouterSpec]:
     """Every spec that the constants and shapes in the region admit, the common ones first."""
     grouped = {
         int(s[-2]) for n in region

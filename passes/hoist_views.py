@@ -18,16 +18,13 @@ PER_ROW = (mill.linear, mill.experts, mill.pointwise, mill.rms_norm, mill.layer_
 class HoistViews(Pass):
     """view(f(x)) => f(view(x)), for an f that works row by row on the last dim.
 
-    Models flatten [1, T, F] to [T, F] around some of their blocks; moved up, the two reshapes meet and
-    cancel, and what is left between producers and consumers is nothing.
+    Models flatten [1, T, F] to [T, F] around some of their blocks; moved up, the two reshapes meet
+    and cancel, and nothing is left between producers and consumers.
     """
 
     name = "hoist_views"
 
     def run(self, program: Program) -> int:
-        for view in calls(program, aten.view, aten._unsafe_view):
-            # Later passes turn rows into columns of wider rows, which aten.view might refuse.
-            view.target = aten.reshape.default
         matches = sum(_hoist(program, v) for v in reversed(list(calls(program, *RESHAPES))))
         sweep(program)
         return matches

@@ -56,9 +56,22 @@ class InsertCache(Pass):
     ) -> None:
         q, latent, rope, up, down, weight_format, scale = node.args
         spec = latent_cache(name, self.format, int(shape(latent)[-1]), int(shape(rope)[-1]))
-        args = (q, latent, rope, up, down, _cache(program, spec), *batch, weight_format, scale, self.format)
+        args = (
+            q,
+            latent,
+            rope,
+            up,
+            down,
+            _cache(program, spec),
+            *batch,
+            weight_format,
+            scale,
+            self.format,
+        )
         with program.graph.inserting_before(node):
-            replace(program, node, program.call(mill.cached_latent_attention.default, *args, like=node))
+            replace(
+                program, node, program.call(mill.cached_latent_attention.default, *args, like=node)
+            )
 
 
 def _cache(program: Program, spec: kv.CacheSpec) -> fx.Node:

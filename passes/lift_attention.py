@@ -31,7 +31,9 @@ class LiftAttention(Pass):
             if dropout:
                 _refuse(node, "attention with dropout", "call model.eval() first")
             with program.graph.inserting_before(node):
-                heads_inner = [program.call(aten.transpose.int, t, 1, 2, like=node) for t in (q, k, v)]
+                heads_inner = [
+                    program.call(aten.transpose.int, t, 1, 2, like=node) for t in (q, k, v)
+                ]
                 out = program.call(
                     mill.attention.default, *heads_inner, None, scale, window, 0.0, like=node
                 )
@@ -56,14 +58,18 @@ def _window(program: Program, node: fx.Node, mask: object, causal: bool) -> int:
     positions = program.input("positions")
     data = dependents(program, lambda n: n.op == "placeholder" and n is not positions)
     if causal or mask in data:
-        _refuse(node, "an attention mask that depends on the tokens", "pass no mask: batches need none")
+        _refuse(
+            node, "an attention mask that depends on the tokens", "pass no mask: batches need none"
+        )
     at = torch.arange(_SAMPLE)[None]
     value = Region([mask], [positions])([at], _SAMPLE, program.weights)[0]
     visible = _visible(value.reshape(-1, _SAMPLE, _SAMPLE))
     for window in (0, int(visible[-1].sum())):
         if torch.equal(visible, _causal(window)):
             return window
-    _refuse(node, "an attention mask that is neither causal nor a sliding window", "report this model")
+    _refuse(
+        node, "an attention mask that is neither causal nor a sliding window", "report this model"
+    )
     return 0
 
 

@@ -169,11 +169,15 @@ class _Probe:
         ones, counted = self.run(x, torch.zeros(2, dtype=torch.int64))
         columns = (counted / ones).round().sub(1)
         if not torch.isfinite(columns).all() or columns.min() < 0 or columns.max() >= total:
-            raise _cannot(self.target, "an attention input is more than moved and rotated projections")
+            raise _cannot(
+                self.target, "an attention input is more than moved and rotated projections"
+            )
         x, _ = self.random(3)
         copied = self.run(x, torch.zeros(3, dtype=torch.int64))
         if not torch.allclose(copied, x[:, columns.long()] * ones, atol=_TOLERANCE):
-            raise _cannot(self.target, "an attention input is more than moved and rotated projections")
+            raise _cannot(
+                self.target, "an attention input is more than moved and rotated projections"
+            )
         return columns.long(), ones
 
     def rotated(self, columns: Tensor, factor: Tensor) -> Tensor:
@@ -219,9 +223,7 @@ def _place_rotation(
     holders[0].rotary = rotary
 
 
-def _rotation(
-    probe: _Probe, columns: Tensor, heads: int, begin: int, end: int
-) -> _Rotary | None:
+def _rotation(probe: _Probe, columns: Tensor, heads: int, begin: int, end: int) -> _Rotary | None:
     """The pairing and the tables with which RoPE explains columns begin:end."""
     half = (end - begin) // 2
     x, positions = probe.random(24)
@@ -243,7 +245,12 @@ def _rotation(
 
 def _angles(actual: Tensor, chosen: Tensor, first: slice, second: slice) -> tuple[Tensor, Tensor]:
     """Solve a' = a cos - b sin, b' = a sin + b cos for cos and sin, per token and pair."""
-    a, b, turned_a, turned_b = chosen[:, first], chosen[:, second], actual[:, first], actual[:, second]
+    a, b, turned_a, turned_b = (
+        chosen[:, first],
+        chosen[:, second],
+        actual[:, first],
+        actual[:, second],
+    )
     norm = a.square() + b.square()
     return (turned_a * a + turned_b * b) / norm, (turned_b * a - turned_a * b) / norm
 
@@ -268,7 +275,9 @@ def _share_heads(inputs: Sequence[_Input]) -> None:
             piece.group = max(1, piece.group // group)
 
 
-def _build(program: Program, found: _Input, tables: dict[tuple[object, ...], tuple[fx.Node, fx.Node]]) -> fx.Node:
+def _build(
+    program: Program, found: _Input, tables: dict[tuple[object, ...], tuple[fx.Node, fx.Node]]
+) -> fx.Node:
     """The canonical form, ``[1, T, H, D]``: pieces joined along the head."""
     parts = [_build_piece(program, found, piece, tables) for piece in found.pieces]
     if len(parts) == 1:
@@ -277,7 +286,10 @@ def _build(program: Program, found: _Input, tables: dict[tuple[object, ...], tup
 
 
 def _build_piece(
-    program: Program, found: _Input, piece: _Piece, tables: dict[tuple[object, ...], tuple[fx.Node, fx.Node]]
+    program: Program,
+    found: _Input,
+    piece: _Piece,
+    tables: dict[tuple[object, ...], tuple[fx.Node, fx.Node]],
 ) -> fx.Node:
     if piece.group not in (1, found.heads):
         raise _cannot(found.node, "parts of a head are shared by different groups of heads")
@@ -290,7 +302,13 @@ def _build_piece(
     if piece.rotary is not None:
         cos, sin = _angle_tables(program, found, piece.rotary, tables)
         x = program.call(
-            mill.rope.default, x, cos, sin, piece.rotary.begin, piece.rotary.interleaved, like=found.node
+            mill.rope.default,
+            x,
+            cos,
+            sin,
+            piece.rotary.begin,
+            piece.rotary.interleaved,
+            like=found.node,
         )
     if piece.group > 1:
         x = program.call(aten.expand.default, x, [-1, -1, found.heads, -1], like=found.node)
@@ -309,11 +327,16 @@ def _columns(program: Program, source: fx.Node, columns: Tensor) -> fx.Node:
         count = next(calls(program, aten.sym_size))
         flat = program.call(aten.reshape.default, source, [1, count, width], like=source)
         return program.call(aten.slice.Tensor, flat, -1, begin, begin + len(columns), like=source)
-    raise _cannot(source, "an attention input takes scattered columns of something that is no projection")
+    raise _cannot(
+        source, "an attention input takes scattered columns of something that is no projection"
+    )
 
 
 def _angle_tables(
-    program: Program, found: _Input, rotary: _Rotary, tables: dict[tuple[object, ...], tuple[fx.Node, fx.Node]]
+    program: Program,
+    found: _Input,
+    rotary: _Rotary,
+    tables: dict[tuple[object, ...], tuple[fx.Node, fx.Node]],
 ) -> tuple[fx.Node, fx.Node]:
     """Nodes of cos and sin ``[1, T, pairs]``, made once per kind of rotation."""
     names = tuple(t.args[0][0].target for t in found.tables)
@@ -331,11 +354,11 @@ def _angle_tables(
     return tables[key]
 
 
-def _table(program: Program, names: tuple[str, ...], columns: tuple[int, ...], kind: str) -> fx.Node:
+def _table(
+    program: Program, names: tuple[str, ...], columns: tuple[int, ...], kind: str
+) -> fx.Node:
     name = program.weights.fresh(f"rope.{kind}")
-    program.weights.derive(
-        name, lambda *t: torch.cat(t, -1)[:, list(columns)].contiguous(), *names
-    )
+    program.weights.derive(name, lambda *t: torch.cat(t, -1)[:, list(columns)].contiguous(), *names)
     return program.weight(name)
 
 

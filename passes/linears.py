@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from os.path import commonprefix
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ class Linear(NamedTuple):
     x: fx.Node
     weight: list[fx.Node]
     bias: fx.Node | None = None
-    extras: list[fx.Node] = []  # noqa: RUF012  (never mutated)
+    extras: Sequence[fx.Node] = ()
     format: str = "fp32"
     parts: int = 1
     epilogue: str = "acc0"
@@ -59,7 +59,7 @@ def _some_rows(program: Program, source: fx.Node, rows: slice) -> fx.Node:
 
 
 def stack(program: Program, maps: Sequence[Linear]) -> tuple[fx.Node, fx.Node | None]:
-    """One weight, and bias, whose rows are those of all ``maps`` in turn; missing biases are zeros."""
+    """One weight and bias with the rows of all ``maps`` in turn; missing biases are zeros."""
     names = [linear.weight[0].target for linear in maps]
     weight = _concatenation(program, joined(names), names)
     if not any(linear.bias for linear in maps):
@@ -98,7 +98,14 @@ def joined(names: Sequence[str]) -> str:
     'layers.0.gate+up.weight'
     """
     parts = [name.split(".") for name in names]
-    head = len(commonprefix(parts))
-    tail = min(len(commonprefix([p[::-1] for p in parts])), *(len(p) - head for p in parts))
+    head = _common(parts)
+    tail = min(_common([p[::-1] for p in parts]), *(len(p) - head for p in parts))
     middles = [".".join(p[head : len(p) - tail]) for p in parts]
     return ".".join((*parts[0][:head], "+".join(middles), *parts[0][len(parts[0]) - tail :]))
+
+
+def _common(parts: list[list[str]]) -> int:
+    """How many first components all have in common."""
+    return sum(
+        1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False))
+    )

@@ -37,9 +37,11 @@ class MergeLinears(Pass):
                 origins = program.weights.roots(linear.weight[0].target)
                 format = self.recipe.format_for(origins, "linear")
                 groups[linear.x, format].append((node, linear))
-        matches = [_merge(program, group) for group in groups.values() if len(group) > 1]
+        shared = [group for group in groups.values() if len(group) > 1]
+        for group in shared:
+            _merge(program, group)
         sweep(program)
-        return len(matches)
+        return len(shared)
 
 
 def _merge(program: Program, group: _Group) -> None:

@@ -73,7 +73,10 @@ class _Proof:
             (is_call(self.node, aten.reshape, aten.view), self.keeps_outermost),
             (is_call(self.node, *_REDUCTIONS), self.leaves_out),
             (is_call(self.node, *_LAYOUT), lambda: True),
-            (is_call(self.node, aten.linear, aten.matmul, aten.mm, aten.bmm), self.contracts_features),
+            (
+                is_call(self.node, aten.linear, aten.matmul, aten.mm, aten.bmm),
+                self.contracts_features,
+            ),
             (is_call(self.node, aten.embedding), lambda: is_weight(self.node.args[0])),
             (_is_pointwise(self.node), self.lines_up),
         )
@@ -111,11 +114,15 @@ class _Proof:
 
     def lines_up(self) -> bool:
         dims = {tuple(self.dims(n)) for n in self.inputs}
-        return len(dims) == 1 and dims == {tuple(self.dims(self.node))} and len(next(iter(dims))) == 1
+        return (
+            len(dims) == 1 and dims == {tuple(self.dims(self.node))} and len(next(iter(dims))) == 1
+        )
 
 
 def _involves(size: Any, symbol: str) -> bool:
-    return isinstance(size, torch.SymInt) and symbol in {str(s) for s in size.node.expr.free_symbols}
+    return isinstance(size, torch.SymInt) and symbol in {
+        str(s) for s in size.node.expr.free_symbols
+    }
 
 
 def _dims_argument(node: fx.Node) -> list[int] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import ClassVar
@@ -18,7 +17,7 @@ from .weight_slots import role, slots
 
 @dataclass(frozen=True)
 class Decision:
-    """One weight as it will be stored; ``originals`` are the checkpoint's parameters that it comes from."""
+    """One weight as it will be stored; ``originals`` are the parameters that it comes from."""
 
     weight: str
     role: Role
@@ -43,7 +42,7 @@ class Quantize(Pass):
     tolerance: ClassVar[float | None] = None
 
     def run(self, program: Program) -> int:
-        decisions: dict[tuple[str, str], Decision] = {}
+        decisions = _vectors(program)
         for slot in slots(program):
             names = [parts[0].target for parts in slot.weights]
             if (purpose := role(program, slot.node)) is None:
@@ -55,33 +54,28 @@ class Quantize(Pass):
             if format != "fp32":
                 with program.graph.inserting_before(slot.node):
                     slot.fill([[stored(program, name, format)] for name in names], slot.format)
-        decisions.update(_norms(program, {name for name, _ in decisions}))
         self.decisions = list(decisions.values())
         sweep(program)
         return sum(d.format != "fp32" for d in self.decisions)
 
 
-def _decide(program: Program, name: str, role: Role, format: str) -> Decision:
+def _decide(program: Program, name: str, purpose: Role, format: str) -> Decision:
     weight = program.weights.like(name)
     rows, inputs = (1, *weight.shape)[-2:]
     matrices = weight.numel() // max(rows * inputs, 1)
     size = matrices * quant.parse(format).bytes(rows, inputs)
     originals = tuple(program.weights.roots(name))
-    return Decision(name, role, format, weight.numel(), size, originals)
+    return Decision(name, purpose, format, weight.numel(), size, originals)
 
 
-def _norms(program: Program, seen: Iterable[str]) -> dict[tuple[str, str], Decision]:
+def _vectors(program: Program) -> dict[tuple[str, str], Decision]:
     """Vectors (of norms, biases, routers) stay as they are."""
-    names = [
-        n
-        for n in program.used_weights()
-        if n not in seen and n in program.weights and program.weights.like(n).dim() < 2
-    ]
+    names = [n for n in program.used_weights() if program.weights.like(n).dim() < 2]
     return {(n, "fp32"): _decide(program, n, "norm", "fp32") for n in names}
 
 
 def stored(program: Program, name: str, format: str) -> fx.Node:
-    """A node that reads the weight back from its parts, which are computed when they are written."""
+    """A node that reads the weight back from its parts, computed when they are asked for."""
     parts = []
     for part in quant.parse(format).parts:
         full = f"{name}.{format}.{part}"

@@ -15,8 +15,24 @@ Rule: TypeAlias = Callable[..., Expr | None]
 
 # Functions that cost more than reading a number from memory; they are never computed twice.
 DEAR = frozenset(
-    "div exp log sqrt rsqrt tanh sigmoid silu gelu gelu_tanh softplus".split()
+    (
+        "div",
+        "exp",
+        "log",
+        "sqrt",
+        "rsqrt",
+        "tanh",
+        "sigmoid",
+        "silu",
+        "gelu",
+        "gelu_tanh",
+        "softplus",
+    )
+)
+_SAME_NAME = (
+    "mul", "neg", "abs", "exp", "log", "sqrt", "rsqrt", "square", "tanh", "sigmoid", "silu", "relu"
 )  # fmt: skip
+_ONE, _MINUS_ONE = Const(1.0), Const(-1.0)
 
 
 def _call(fn: str) -> Rule:
@@ -57,25 +73,23 @@ def _gelu(x: Expr, approximate: str = "none") -> Expr:
     return Call("gelu" if approximate == "none" else "gelu_tanh", (x,))
 
 
-def _softplus(x: Expr, beta: Expr = Const(1.0), threshold: Expr = Const(20.0)) -> Expr | None:
-    return Call("softplus", (x,)) if (beta, threshold) == (Const(1.0), Const(20.0)) else None
+def _softplus(x: Expr, *options: Expr) -> Expr | None:
+    usual = (_ONE, Const(20.0))  # beta and threshold
+    return Call("softplus", (x,)) if options == usual[: len(options)] else None
 
 
 def _div(a: Expr, b: Expr, rounding_mode: str | None = None) -> Expr | None:
     return Call("div", (a, b)) if rounding_mode is None else None
 
 
-def _leaky_relu(x: Expr, slope: Expr = Const(0.01)) -> Expr:
+def _leaky_relu(x: Expr, slope: Expr | None = None) -> Expr:
     """max(x, 0) + slope min(x, 0)"""
-    low = Call("mul", (Call("min", (x, Const(0.0))), slope))
+    low = Call("mul", (Call("min", (x, Const(0.0))), slope or Const(0.01)))
     return Call("add", (Call("relu", (x,)), low))
 
 
 RULES: dict[Any, Rule] = {
-    **{
-        getattr(aten, name): _call(name)
-        for name in "mul neg abs exp log sqrt rsqrt square tanh sigmoid silu relu".split()
-    },
+    **{getattr(aten, name): _call(name) for name in _SAME_NAME},
     aten.add: _scaled("add"),
     aten.sub: _scaled("sub"),
     aten.rsub: lambda a, b, alpha=1: _scaled("sub")(b, a, alpha),
@@ -87,7 +101,7 @@ RULES: dict[Any, Rule] = {
     aten.clamp: _clamp,
     aten.clamp_min: _clamp,
     aten.clamp_max: lambda x, high: _clamp(x, None, high),
-    aten.hardtanh: lambda x, low=Const(-1.0), high=Const(1.0): _clamp(x, low, high),
+    aten.hardtanh: lambda x, low=_MINUS_ONE, high=_ONE: _clamp(x, low, high),
     aten.gelu: _gelu,
     aten.softplus: _softplus,
     aten.leaky_relu: _leaky_relu,

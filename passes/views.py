@@ -1,7 +1,8 @@
 """Rows and columns: which part of whose rows a node is, without moving anything.
 
-Activations are rows of numbers, one row a token, so reshapes and cuts along the last dim are only other
-names for columns that exist already.  Passes look through them; :mod:`.lower` never computes them.
+Activations are rows of numbers, one row a token, so reshapes and cuts along the last dim are only
+other names for columns that exist already.  Passes look through them; :mod:`.lower` never computes
+them.
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ def rows(node: fx.Node) -> str:
 
 
 def features(node: fx.Node) -> tuple[int, ...] | None:
-    """What one row holds: [1, T, H, D] -> (H, D), [4 T, D] -> (4, D); None unless rows are outermost.
+    """What one row holds: [1, T, H, D] -> (H, D), [4 T, D] -> (4, D).
 
-    A tensor of fixed size is one row of its whole shape.
+    None unless rows are outermost.  A tensor of fixed size is one row of its whole shape.
     """
     sizes, dim = shape(node), row_dim(node)
     if dim is None:
@@ -71,11 +72,13 @@ def features(node: fx.Node) -> tuple[int, ...] | None:
 
 
 def width(node: fx.Node) -> int:
-    """Numbers per row."""
-    return prod(features(node) or ())
+    """Numbers per row, wherever the dim that counts rows is."""
+    dim, sizes = row_dim(node), shape(node)
+    times = 1 if dim is None else row_size(sizes[dim])[1]
+    return times * prod(size for size in sizes if isinstance(size, int))
 
 
-# --- one node as columns of another -----------------------------------------------------------------
+# --- one node as columns of another --------------------------------------------------------------
 
 
 class Columns(NamedTuple):
@@ -95,7 +98,7 @@ def columns(node: fx.Node) -> Columns:
 
 
 def alias(node: fx.Node) -> tuple[fx.Node, int] | None:
-    """``(source, column)`` if the node's rows are columns column... of the source's rows, else None."""
+    """``(source, column)`` if the node's rows are the source's from that column on, else None."""
     if not isinstance(node.meta.get("val"), torch.Tensor):
         return None
     if is_call(node, operator.getitem):
@@ -132,12 +135,12 @@ def _equal(a: list[Any], b: list[Any]) -> bool:
 
 def _cut(node: fx.Node, source: fx.Node) -> tuple[fx.Node, int] | None:
     """``x[..., start:end]`` or ``x[..., i]``."""
-    _, dim, start, end, step = (*node.args, *(0, 0, None, 1)[len(node.args) - 1 :])
-    if is_call(node, aten.select):
-        step = 1
-    if step != 1 or not isinstance(start, int | None):
+    args = list(node.args)
+    _, dim, start, _, step = args + [None, 0, 0, None, 1][len(args) :]
+    start = start or 0
+    if step != 1 or not isinstance(start, int):
         return None
-    column = _column(source, dim, start or 0)
+    column = _column(source, dim, start)
     return None if column is None else (source, column)
 
 
@@ -196,11 +199,11 @@ def _splits(node: fx.Node) -> bool:
     )
 
 
-# --- building views ---------------------------------------------------------------------------------
+# --- building views ------------------------------------------------------------------------------
 
 
 def reshape(program: Program, node: fx.Node, sizes: list[Any]) -> fx.Node:
-    """``node`` in a shape with at most one size that depends on the step; earlier views are undone."""
+    """``node`` in a shape with one size that depends on the step; views of it are undone."""
     known = [-1 if isinstance(size, torch.SymInt) else size for size in sizes]
     while not _has_sizes(node, sizes) and is_call(node, *RESHAPES):
         node = node.args[0]

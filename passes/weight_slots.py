@@ -53,7 +53,7 @@ def slots(program: Program) -> Iterator[Slot]:
 
 
 def role(program: Program, node: fx.Node) -> Role | None:
-    """What the weights of a node are for; None for tables over positions, which are no parameters."""
+    """What the weights of a node are for; None for tables over positions."""
     if is_call(node, mill.embed):
         return "embedding" if node.args[1] is program.input("ids") else None
     if is_call(node, mill.experts):

@@ -279,11 +279,10 @@ class _Siblings:
         self.old = target.with_name(stem + ".old")
 
     def swap(self) -> None:
-        """Put the stage in the target's place, and only then remove what was there."""
+        """Put the stage in the target's place; what was there stays until :meth:`clean`."""
         if self.target.exists():
             self.target.rename(self.old)
         self.stage.rename(self.target)
-        shutil.rmtree(self.old, ignore_errors=True)
 
     def clean(self) -> None:
         """Remove what this process or dead ones left; an artifact without successor goes back."""

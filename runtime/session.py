@@ -195,7 +195,6 @@ class Session:
             while not all(request.done for request in work):
                 self._step()
                 yield
-            yield  # a caller's other call may have finished the work while this one was paused
         finally:
             for request in work:
                 self._scheduler.cancel(request)

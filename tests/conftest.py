@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tokenmill
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,3 +46,11 @@ def tiny_deepseek() -> Path:
 def tiny_qwen3_moe() -> Path:
     """The bundled checkpoint of the Qwen3-MoE architecture."""
     return _checkpoint("tiny_qwen3_moe")
+
+
+@pytest.fixture(scope="session")
+def int4_artifact(tiny_deepseek: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny_deepseek compiled to INT4 for this machine; read it, copy it, do not change it."""
+    path = tmp_path_factory.mktemp("artifacts") / "int4"
+    tokenmill.optimize(tiny_deepseek, path, recipe=tokenmill.Recipe(weights="int4"))
+    return path

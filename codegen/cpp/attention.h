@@ -6,7 +6,7 @@
 #include "cache.h"
 #include "matmul.h"
 
-namespace tm {
+namespace mill {
 
 constexpr int STRIP = 4;  // vectors per row of a register tile
 
@@ -118,4 +118,4 @@ TM_INLINE float inverse_total(float peak, float total, float sink) {
   return shrink / (total * shrink + 1.0f);
 }
 
-}  // namespace tm
+}  // namespace mill

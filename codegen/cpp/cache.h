@@ -2,7 +2,7 @@
 #pragma once
 #include "pool.h"
 
-namespace tm {
+namespace mill {
 
 constexpr int PAGE = 64;
 
@@ -76,4 +76,4 @@ inline void load_page(const uint8_t *page, size_t row_bytes, int count, const Sp
   for (int j = count; j < PAGE; j++) memset(tile + (size_t)j * pitch, 0, (size_t)s.width * 4);
 }
 
-}  // namespace tm
+}  // namespace mill

@@ -13,7 +13,9 @@ def symbol(spec: Embed) -> str:
 
 
 def emit(spec: Embed, name: str) -> str:
-    return fill(TEMPLATE, symbol=name, vocab=spec.vocab, width=spec.width, type=storage_type(spec.format))
+    return fill(
+        TEMPLATE, symbol=name, vocab=spec.vocab, width=spec.width, type=storage_type(spec.format)
+    )
 
 
 TEMPLATE = """

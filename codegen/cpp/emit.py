@@ -84,7 +84,7 @@ def _kind_header(kind: str, kernels: dict[KernelSpec, str]) -> str:
     module = EMITTERS[kind]
     body = "\n".join(module.emit(spec, name) for spec, name in kernels.items())
     about = (module.__doc__ or "").strip().split("\n")[0]
-    return f'// {about}\n#pragma once\n#include "{module.HEADER}"\n\nnamespace tm {{\n\n{body}\n}}  // namespace tm\n'
+    return f'// {about}\n#pragma once\n#include "{module.HEADER}"\n\nnamespace mill {{\n\n{body}\n}}  // namespace mill\n'
 
 
 def _step_file(plan: Plan, target: CpuTarget, symbols: dict[KernelSpec, str]) -> str:
@@ -139,13 +139,13 @@ def _argument(plan: Plan, operand: Operand) -> str:
 STEP_FILE = """
     // The whole step as one program: what tm_run executes, in order.
     #define TM_VECTOR_BYTES $vector_bytes
-    namespace tm {
+    namespace mill {
     constexpr int MAX_ROWS = $max_rows;  // tokens or output rows that a step may carry
     }
     $includes
     #include "pool.h"
 
-    namespace tm {
+    namespace mill {
 
     template <class T>
     TM_INLINE Rows<T> view(const tm_args &a, size_t offset, int64_t width) {
@@ -175,25 +175,25 @@ STEP_FILE = """
       }
     }
 
-    }  // namespace tm
+    }  // namespace mill
 
     #define TM_EXPORT extern "C" __attribute__((visibility("default")))
 
     TM_EXPORT int32_t tm_abi_version(void) { return 1; }
     TM_EXPORT const char *tm_isa(void) { return "$isa"; }
     TM_EXPORT void *tm_pool_create(int32_t threads) {
-      return tm::pool_create(threads, tm::SHARED_BYTES, tm::LOCAL_BYTES, tm::program);
+      return mill::pool_create(threads, mill::SHARED_BYTES, mill::LOCAL_BYTES, mill::program);
     }
     TM_EXPORT void tm_pool_destroy(void *pool) {
-      if (pool) tm::pool_destroy((tm::Pool *)pool);
+      if (pool) mill::pool_destroy((mill::Pool *)pool);
     }
     TM_EXPORT int64_t tm_workspace_bytes(int32_t threads) {
-      return (int64_t)(tm::SHARED_BYTES + (size_t)threads * tm::LOCAL_BYTES);
+      return (int64_t)(mill::SHARED_BYTES + (size_t)threads * mill::LOCAL_BYTES);
     }
     // Steps [first, last); 1 if one of them is torch's to run.
     TM_EXPORT int32_t tm_run(void *pool, const tm_args *args, int32_t first, int32_t last) {
       $externs
-      tm::pool_run((tm::Pool *)pool, args, first, last);
+      mill::pool_run((mill::Pool *)pool, args, first, last);
       return 0;
     }
 """

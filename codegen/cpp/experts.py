@@ -35,9 +35,12 @@ def emit(spec: Experts, name: str) -> str:
         residual=", Rows<float> residual" if spec.residual else "",
         up_members=weight_parts(spec.gate_up_format, "up_"),
         down_members=weight_parts(spec.down_format, "down_"),
-        tiles="\n".join(f"float *y{p} = scratch.take<float>(TOKENS * CHUNK);" for p in range(parts)),
+        tiles="\n".join(
+            f"float *y{p} = scratch.take<float>(TOKENS * CHUNK);" for p in range(parts)
+        ),
         products="\n".join(
-            f"matmul(w, {p} * INTER + i0, count, rows_of, tokens, panel, y{p});" for p in range(parts)
+            f"matmul(w, {p} * INTER + i0, count, rows_of, tokens, panel, y{p});"
+            for p in range(parts)
         ),
         loads="\n".join(f"const vf acc{p} = load(y{p} + t * CHUNK + i);" for p in range(parts)),
         value=vector_code(spec.activation),

@@ -7,7 +7,7 @@
 #pragma once
 #include "weights.h"
 
-namespace tm {
+namespace mill {
 
 constexpr int CHUNK = 32;        // output rows of one job
 constexpr int PANEL_ROWS = 8;    // decoded rows kept in L1/L2 while all tokens pass
@@ -119,4 +119,4 @@ inline void matmul(const W &w, int first, int count, const float *const *x, int 
   }
 }
 
-}  // namespace tm
+}  // namespace mill

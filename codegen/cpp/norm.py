@@ -61,7 +61,7 @@ for (int i = 0; i < WIDTH; i += LANES)
 CENTER = """
 vf total = {};
 for (int i = 0; i < WIDTH; i += LANES) total += load_n(kept + i, WIDTH - i);
-const float mean = tm::sum(total) / WIDTH;
+const float mean = mill::sum(total) / WIDTH;
 """.strip()
 MASKED = "const vf centered = select(iota() + (float)i < (float)WIDTH, v - mean, vf{});"
 
@@ -84,7 +84,7 @@ TEMPLATE = """
             $moment_value
             squares += $moment;
           }
-          const float scale = 1.0f / __builtin_sqrtf(tm::sum(squares) / WIDTH + EPS);
+          const float scale = 1.0f / __builtin_sqrtf(mill::sum(squares) / WIDTH + EPS);
           for (int i = 0; i < WIDTH; i += LANES) {
             const vf v = load_n(kept + i, WIDTH - i)$minus_mean;
             store_n(out[r] + h * WIDTH + i, $value, WIDTH - i);

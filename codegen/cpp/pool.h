@@ -16,7 +16,7 @@ typedef struct {
 } tm_args;
 }
 
-namespace tm {
+namespace mill {
 
 // One word on a cache line of its own.
 struct alignas(128) Word {
@@ -211,4 +211,4 @@ inline void pool_run(Pool *pool, const tm_args *args, int first, int last) {
   run_as(pool, 0);
 }
 
-}  // namespace tm
+}  // namespace mill

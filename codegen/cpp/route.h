@@ -2,7 +2,7 @@
 #pragma once
 #include "pool.h"
 
-namespace tm {
+namespace mill {
 
 // ids[0:k] = indices of the k largest of x[0:n], best first, the lower index first among equals.  An index
 // is always valid, whatever x holds.  taken[i] tells whether i was chosen.
@@ -32,4 +32,4 @@ inline void softmax(const float *x, int n, float *out) {
   for (int i = 0; i < n; i += LANES) store(out + i, load(out + i) * scale);
 }
 
-}  // namespace tm
+}  // namespace mill

@@ -39,7 +39,9 @@ def emit(spec: Route, name: str) -> str:
 
 
 def _meaning(r: RouterSpec) -> str:
-    groups = f", the best {r.top_groups} of {r.groups} groups by {r.group_score}" if r.groups > 1 else ""
+    groups = (
+        f", the best {r.top_groups} of {r.groups} groups by {r.group_score}" if r.groups > 1 else ""
+    )
     after = f" -> {r.after}" if r.after != "identity" else ""
     norm = " / sum" if r.renormalize else ""
     return f"{r.score}{' (+ bias to choose)' if r.bias else ''}{groups} -> top {r.top_k}{after}{norm} * {r.scale}"

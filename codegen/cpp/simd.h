@@ -16,7 +16,7 @@
 #define TM_INLINE inline __attribute__((always_inline))
 #define TM_NOINLINE __attribute__((noinline))
 
-namespace tm {
+namespace mill {
 
 typedef float vf __attribute__((vector_size(TM_VECTOR_BYTES)));
 typedef int32_t vi __attribute__((vector_size(TM_VECTOR_BYTES)));
@@ -273,4 +273,4 @@ TM_INLINE void widen(float *dst, const uint16_t *src, int n) {
   for (int i = 0; i < n; i++) dst[i] = from_bf16(src[i]);
 }
 
-}  // namespace tm
+}  // namespace mill

@@ -29,7 +29,11 @@ def fill(template: str, **names: object) -> str:
 def weight_type(fmt: str) -> str:
     """The decoder of a weight format in weights.h."""
     spec = quant.parse(fmt)
-    return f"Int4<{spec.group}>" if spec.group else {"fp32": "Fp32", "bf16": "Bf16", "int8": "Int8", "fp8": "Fp8"}[fmt]
+    return (
+        f"Int4<{spec.group}>"
+        if spec.group
+        else {"fp32": "Fp32", "bf16": "Bf16", "int8": "Int8", "fp8": "Fp8"}[fmt]
+    )
 
 
 def weight_params(fmt: str, prefix: str = "") -> str:

@@ -6,7 +6,7 @@
 #pragma once
 #include "simd.h"
 
-namespace tm {
+namespace mill {
 
 constexpr int BLOCK = 2 * LANES;
 
@@ -165,4 +165,4 @@ TM_INLINE void decode_tail(const WeightRow &r, int block, int inputs, vf &a, vf 
   W::decode(WeightRow{bytes, W::scale_at(r, block)}, 0, a, b);
 }
 
-}  // namespace tm
+}  // namespace mill

@@ -75,6 +75,8 @@ def test_sampling_does_not_depend_on_the_batch(session):
     assert session.generate([prompts[0], [1], [2]], **how)[0].tokens == first[0].tokens
     assert [p.token for p in session.stream(prompts[0], **how)] == first[0].tokens
     assert session.generate(prompts, **how | {"seed": 8})[1].tokens != first[1].tokens
+    twins = session.generate([prompts[0], prompts[0]], **how)
+    assert twins[0].tokens != twins[1].tokens
 
 
 def test_end_token_ends(session, fake):
@@ -127,11 +129,14 @@ def test_calls_may_interleave_with_a_paused_stream(session, fake):
     assert other == fake.greedy([9, 9], 25)
 
 
-def test_an_abandoned_stream_gives_its_pages_back(model_dir):
+def test_an_abandoned_stream_is_forgotten(model_dir):
+    library = ctypes.CDLL(str((model_dir / "kernels/cpu-fake/step.so").resolve()))
     with Session(model_dir, threads=1, cache_tokens=300) as session:
         for _ in range(5):
-            next(session.stream([1, 2, 3], max_new_tokens=200))
-        assert len(session.generate([1], max_new_tokens=200)) == 1
+            next(session.stream([1, 2, 3], max_new_tokens=290))  # all of the cache
+        before = library.fake_calls()
+        assert len(session.generate([1], max_new_tokens=1)) == 1
+        assert library.fake_calls() == before + 1
 
 
 def test_empty_prompt_starts_from_the_beginning_token(session, fake, tmp_path):

@@ -1,0 +1,218 @@
+"""The optimization API: one call from a model to an artifact, and one from an artifact to a session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from . import __version__
+from .capture.checkpoint import Checkpoint, open_checkpoint
+from .capture.huggingface import capture_pretrained
+from .capture.module import capture
+from .codegen import emit
+from .codegen.build import build_cpu, toolchain
+from .codegen.cpp.target import CpuTarget, parse_target
+from .errors import BadRequest, BadWeight
+from .facts import Recorder
+from .ir import plan as plans
+from .ir.plan import Capacity, Plan
+from .ir.program import Program
+from .passes.lower import lower
+from .passes.memory import memory
+from .passes.pipeline import pipeline, run_passes
+from .recipe import Recipe
+from .report import render
+from .runtime import Artifact, Session
+from .runtime.artifact import ArtifactWriter, Target, TensorSpec, check_output
+
+
+class Progress(Protocol):
+    """Hears what is being done: ``done`` of ``total`` steps."""
+
+    def __call__(self, what: str, done: int, total: int) -> None: ...
+
+
+@dataclass
+class Compiled:
+    """What a compile yields; ``facts`` is what the report says, ``path`` where it was written."""
+
+    plan: Plan
+    facts: dict[str, Any]
+    sources: dict[str, str] = field(repr=False)
+    path: Path | None = None
+
+
+def optimize(
+    model: str | os.PathLike[str] | nn.Module,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    recipe: Recipe | None = None,
+    check: bool = False,
+    dry_run: bool = False,
+    force: bool = False,
+    example_ids: Tensor | None = None,
+    max_positions: int | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Compiled:
+    """Compile a model into an artifact at ``output``.
+
+    ``model`` is a Hugging Face directory or hub id, or a module that maps ids ``[1, T]`` to logits
+    ``[1, T, V]``; for a module, ``max_positions`` bounds a sequence's length (default 2048).  With
+    ``check`` the model is executed before and after every pass; with ``dry_run`` nothing is built or
+    written.  Raises a TokenmillError for bad input, before anything is written.
+    """
+    recipe = recipe or Recipe()
+    targets = [parse_target(t) for t in dict.fromkeys(recipe.targets)]
+    if output is None and not dry_run:
+        raise BadRequest(reason="no output directory", advice="pass output=, or dry_run=True")
+    if output is not None and not dry_run:
+        check_output(output, force)
+    say = progress or (lambda what, done, total: None)
+
+    say("capture", 0, 1)
+    program, checkpoint = _capture(model, example_ids, max_positions, trust_remote_code)
+    check_weights(program)
+    recorder = Recorder(program, checkpoint)
+
+    passes = pipeline(recipe)
+
+    def observe(program: Program, result: Any) -> None:
+        recorder.after_pass(program, result)
+        say(f"pass {result.name}", len(recorder.passes), len(passes))
+
+    run_passes(program, passes, check=check, observe=observe)
+    plan = memory(lower(program, Capacity(recipe.max_step_tokens, recipe.max_step_rows)))
+
+    say("emit kernels", 0, 1)
+    sources = {t.name: emit(plan, t.name) for t in targets}
+    facts = recorder.facts(program, plan, passes, recipe, [t.name for t in targets])
+    flat = {f"kernels/{t}/{n}": text for t, files in sources.items() for n, text in files.items()}
+    if dry_run:
+        return Compiled(plan, facts, flat)
+
+    assert output is not None
+    with ArtifactWriter(output, force) as writer:
+        libraries = _build(sources, targets, say)
+        for name, text in flat.items():
+            writer.text(name, text)
+        for target, library in libraries.items():
+            writer.bytes(f"kernels/{target}/step.so", library)
+        writer.json("plan.json", plans.dump(plan))
+        _write_weights(writer, program, plan, say)
+        for stage, text in recorder.graphs.items():
+            writer.text(f"graphs/{stage}.txt", text)
+        for file in checkpoint.tokenizer_files if checkpoint else []:
+            writer.copy(f"tokenizer/{file.name}", file)
+        writer.text("report.html", render(facts, flat))
+        writer.describe(
+            targets=[Target(t.name, f"kernels/{t.name}", t.features) for t in targets],
+            tokenmill=__version__,
+            toolchain={"cpu": toolchain(), "torch": torch.__version__},
+            recipe=recipe.dump(),
+            report=facts,
+        )
+    return Compiled(plan, facts, flat, Path(output))
+
+
+def load(path: str | os.PathLike[str], **options: Any) -> Session:
+    """Open an artifact for generation; options are those of :class:`Session`."""
+    return Session(path, **options)
+
+
+def verify(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Check every hash, and that the kernels are what the plan emits; raises ArtifactDamaged otherwise.
+
+    ``reproducible`` is False if this version of tokenmill emits other text than the one that built it.
+    """
+    artifact = Artifact.open(path)
+    plan = plans.load(artifact.plan)
+    differing: list[str] = []
+    for target in artifact.targets:
+        for name, text in emit(plan, target.name).items():
+            file = artifact.path / target.directory / name
+            if not file.is_file() or file.read_text() != text:
+                differing.append(f"{target.directory}/{name}")
+    return {
+        "path": str(path),
+        "files": len(artifact.manifest.files),
+        "hashes": "ok",
+        "reproducible": not differing,
+        "differing": differing,
+        "built_by": artifact.manifest.tokenmill,
+    }
+
+
+def original(model: str | os.PathLike[str], trust_remote_code: bool = False) -> Any:
+    """The eager model in fp32, to compare with."""
+    return open_checkpoint(os.fspath(model), trust_remote_code).load()
+
+
+# --- steps ------------------------------------------------------------------------------------------
+
+
+def _capture(
+    model: str | os.PathLike[str] | nn.Module,
+    example_ids: Tensor | None,
+    max_positions: int | None,
+    trust_remote_code: bool,
+) -> tuple[Program, Checkpoint | None]:
+    if isinstance(model, nn.Module):
+        if hasattr(model, "config") and hasattr(model, "set_attn_implementation"):
+            return capture_pretrained(model, type(model).__name__), None
+        limit = max_positions or 2048
+        name = type(model).__name__
+        return capture(model, example=example_ids, max_positions=limit, name=name), None
+    checkpoint = open_checkpoint(os.fspath(model), trust_remote_code)
+    return capture_pretrained(checkpoint.load(), checkpoint.name), checkpoint
+
+
+def check_weights(program: Program) -> None:
+    """Raise BadWeight for the first weight that holds NaN or Inf."""
+    for name in program.used_weights():
+        value = program.weights[name]
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise BadWeight(name=name, count=int((~torch.isfinite(value)).sum()))
+
+
+def _build(
+    sources: Mapping[str, dict[str, str]], targets: list[CpuTarget], say: Callable[..., None]
+) -> dict[str, bytes]:
+    built = {}
+    for i, target in enumerate(targets):
+        say(f"build {target.name}", i, len(targets))
+        built[target.name] = build_cpu(sources[target.name], target)
+    return built
+
+
+_DTYPES = {
+    torch.float32: "f32", torch.bfloat16: "bf16", torch.int8: "i8", torch.uint8: "u8",
+    torch.float8_e4m3fn: "e4m3", torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
+
+
+def _write_weights(
+    writer: ArtifactWriter, program: Program, plan: Plan, say: Callable[..., None]
+) -> None:
+    """Stream the plan's weights to disk, one at a time."""
+    names = [b.name for b in plan.buffers.values() if b.kind == "weight"]
+    likes = {n: program.weights.like(n) for n in names}
+    index = [TensorSpec(n, _DTYPES[t.dtype], tuple(t.shape)) for n, t in likes.items()]
+
+    def data() -> Any:
+        for i, name in enumerate(names):
+            say("weights", i, len(names))
+            yield name, _bytes(program.weights[name])
+
+    writer.weights(index, data())
+
+
+def _bytes(tensor: Tensor) -> Any:
+    """The tensor's bytes as a flat numpy array (bf16 and e4m3 have no numpy type)."""
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy()

@@ -1,0 +1,78 @@
+"""Memory planning: buffers that are never needed at the same time share bytes of the arena."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import networkx as nx
+
+from ..ir.plan import Plan
+
+ALIGN = 64
+
+
+def memory(plan: Plan) -> Plan:
+    """Give every arena buffer its place: best fit by size over the interference graph.
+
+    ``plan.meta["arena"]`` tells ``bytes``, what they would be ``unshared``, and ``live``, the most
+    that any step needs at once, which no placement can beat.
+    """
+    spans = lifetimes(plan)
+    sizes = {name: _aligned(plan.buffers[name].bytes(plan.capacity)) for name in spans}
+    offsets = place(interference(spans), sizes)
+    total = max((offsets[name] + size for name, size in sizes.items()), default=0)
+    live = [
+        sum(sizes[n] for n, (first, last) in spans.items() if first <= step <= last)
+        for step in range(len(plan.steps))
+    ]
+    report = {"bytes": total, "unshared": sum(sizes.values()), "live": max(live, default=0)}
+    buffers = {
+        name: replace(b, offset=offsets[name]) if b.kind == "arena" else b
+        for name, b in plan.buffers.items()
+        if b.kind != "arena" or name in spans
+    }
+    meta = {**plan.meta, "arena": report}
+    return replace(plan, buffers=buffers, arena_bytes=total, meta=meta)
+
+
+def lifetimes(plan: Plan) -> dict[str, tuple[int, int]]:
+    """First and last step that touch each arena buffer; the output outlives the last one."""
+    names = {name for name, buffer in plan.buffers.items() if buffer.kind == "arena"}
+    spans: dict[str, tuple[int, int]] = {}
+    for index, step in enumerate(plan.steps):
+        for name in names & {operand.buffer for operand in step.bind.values()}:
+            spans[name] = (spans.get(name, (index, index))[0], index)
+    if plan.output in spans:
+        spans[plan.output] = (spans[plan.output][0], len(plan.steps))
+    return spans
+
+
+def interference(spans: dict[str, tuple[int, int]]) -> nx.Graph:
+    """Buffers that are alive at the same time are neighbours."""
+    graph = nx.Graph()
+    alive: list[str] = []
+    for name in sorted(spans, key=lambda n: (spans[n], n)):
+        first = spans[name][0]
+        alive = [other for other in alive if spans[other][1] >= first]
+        graph.add_node(name)
+        graph.add_edges_from((name, other) for other in alive)
+        alive.append(name)
+    return graph
+
+
+def place(graph: nx.Graph, sizes: dict[str, int]) -> dict[str, int]:
+    """Large buffers first, each at the lowest offset where it meets no neighbour."""
+    offsets: dict[str, int] = {}
+    for name in sorted(graph, key=lambda n: (-sizes[n], n)):
+        taken = sorted((offsets[n], offsets[n] + sizes[n]) for n in graph[name] if n in offsets)
+        offset = 0
+        for start, end in taken:
+            if offset + sizes[name] <= start:
+                break
+            offset = max(offset, end)
+        offsets[name] = offset
+    return offsets
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGN) * ALIGN

@@ -1,0 +1,209 @@
+"""The order of the passes, and the runner that times, verifies and checks them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..errors import BadRecipe, WrongRewrite
+from ..ir import cache as kv
+from ..ir.legal import verify
+from ..ir.program import Program, Runner, where
+from ..recipe import Recipe
+from .base import Pass
+from .canonicalize import Canonicalize, FoldWeights, SplitLinears
+from .compress_kv import CompressKV
+from .fuse_dequantize import FuseDequantize
+from .fuse_epilogue import FuseEpilogue
+from .fuse_experts import FuseExperts
+from .fuse_gated import FuseGated
+from .fuse_linear import FuseLinear
+from .fuse_norm import FuseNorm
+from .fuse_pointwise import FusePointwise
+from .fuse_residual import FuseResidual
+from .fuse_residual_norm import FuseResidualNorm
+from .fuse_router import FuseRouter
+from .hoist_views import HoistViews
+from .insert_cache import InsertCache
+from .lift_attention import LiftAttention
+from .lift_rope import LiftRope
+from .merge_linears import MergeLinears
+from .prove_tokens import ProveTokens
+from .quantize import Quantize
+from .select_rows import SelectRows
+from .tabulate import Tabulate
+
+# A lossy pass changes numbers; past this relative error it changes the model.
+LOSSY_LIMIT = 0.5
+_SAMPLE_TOKENS = 48
+
+
+def pipeline(recipe: Recipe) -> list[Pass]:
+    """Every pass from a traced graph to one that can be lowered, in order."""
+    passes: list[Pass] = [
+        Canonicalize(),
+        FoldWeights(),
+        Tabulate(),
+        SplitLinears(),
+        FuseNorm(),
+        LiftAttention(),
+        LiftRope(),
+        FuseExperts(),
+        FuseRouter(),
+        CompressKV(),
+        ProveTokens(),
+        SelectRows(),
+        InsertCache(format=recipe.kv),
+        FuseLinear(),
+        HoistViews(),
+        FuseGated(),
+        MergeLinears(recipe=recipe),
+        FusePointwise(),
+        FuseEpilogue(),
+        FuseResidual(),
+        FuseResidualNorm(),
+        Quantize(recipe=recipe),
+        FuseDequantize(),
+    ]
+    known = {p.name for p in passes}
+    if unknown := [name for name in recipe.disable if name not in known]:
+        raise BadRecipe(
+            where="disable", reason=f"there is no pass {unknown[0]!r}",
+            advice=f"passes: {', '.join(sorted(known))}",
+        )  # fmt: skip
+    return [p for p in passes if p.name not in recipe.disable]
+
+
+@dataclass
+class PassResult:
+    """What a pass did; ``error`` is the relative error on sample tokens when checked."""
+
+    name: str
+    summary: str
+    matches: int
+    seconds: float
+    exact: bool
+    tolerance: float | None
+    nodes_before: int
+    nodes_after: int
+    error: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def facts(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def run_passes(
+    program: Program,
+    passes: Sequence[Pass],
+    *,
+    check: bool = False,
+    observe: Callable[[Program, PassResult], None] = lambda program, result: None,
+) -> list[PassResult]:
+    """Run the passes in place; each is verified and, with ``check``, executed before and after.
+
+    Raises IllegalProgram for a malformed or illegal result, WrongRewrite for one that computes something
+    else.  ``observe`` sees the program after every pass.
+    """
+    results: list[PassResult] = []
+    for one in passes:
+        results.append(_run_one(program, one, check))
+        observe(program, results[-1])
+    return results
+
+
+def _run_one(program: Program, one: Pass, check: bool) -> PassResult:
+    before = program.copy() if check else program
+    nodes = len(program.graph.nodes)
+    start = time.perf_counter()
+    matches = one.run(program)
+    seconds = time.perf_counter() - start
+    if one.produces is not None:
+        program.stage = one.produces
+    verify(program, one.name)
+    result = PassResult(
+        one.name, one.summary, matches, seconds, one.tolerance is not None, one.tolerance,
+        nodes, len(program.graph.nodes), notes=list(getattr(one, "notes", ())),
+    )  # fmt: skip
+    if check:
+        result.error = _compare(before, program, one)
+    return result
+
+
+# --- translation validation -------------------------------------------------------------------------
+
+
+def _compare(before: Program, after: Program, one: Pass) -> float:
+    """The relative error between the logits of two programs; raises WrongRewrite past the tolerance."""
+    tokens = min(_SAMPLE_TOKENS, before.positions)
+    rng = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, before.vocab, (tokens,), generator=rng)
+    expected, actual = _trace(before, ids), _trace(after, ids)
+    limit = LOSSY_LIMIT if one.tolerance is None else one.tolerance
+    error = relative_error(expected.logits, actual.logits)
+    if not error <= limit:
+        raise WrongRewrite(
+            pass_name=one.name, error=error, tolerance=limit,
+            node=_first_difference(expected, actual, limit),
+        )  # fmt: skip
+    return error
+
+
+def relative_error(expected: Tensor, actual: Tensor) -> float:
+    """||actual - expected|| / ||expected||; inf if the shapes differ."""
+    if expected.shape != actual.shape:
+        return float("inf")
+    norm = expected.norm().clamp(min=torch.finfo(torch.float32).tiny)
+    return float((actual - expected).norm() / norm)
+
+
+@dataclass
+class _Trace:
+    logits: Tensor
+    values: dict[fx.Node, Tensor]
+
+
+class _Recorder(Runner):
+    def __init__(self, program: Program) -> None:
+        super().__init__(program)
+        self.values: dict[fx.Node, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.op == "call_function" and isinstance(value, Tensor):
+            self.values[n] = value
+        return value
+
+
+def _trace(program: Program, ids: Tensor) -> _Trace:
+    recorder = _Recorder(program)
+    batch = kv.single_sequence(len(ids))
+    caches = {s.name: kv.allocate(s, batch.block_table.shape[1]) for s in program.caches}
+    inputs = {
+        "ids": ids[None], "positions": batch.positions[None].long(), "rows": torch.arange(len(ids)),
+        "starts": batch.starts, "block_table": batch.block_table, **caches,
+    }  # fmt: skip
+    names = [n.target for n in program.graph.nodes if n.op == "placeholder"]
+    with torch.no_grad():
+        out = recorder.run(*(inputs[name] for name in names))
+    return _Trace(out.reshape(len(ids), -1), recorder.values)
+
+
+def _first_difference(expected: _Trace, actual: _Trace, limit: float) -> str:
+    """The first node of the new graph whose value under its old name was another; else the newest one."""
+    old = {n.name: v for n, v in expected.values.items()}
+    fresh = [n for n in actual.values if n.name not in old]
+    for node, value in actual.values.items():
+        twin = old.get(node.name)
+        if twin is None or twin.shape != value.shape or not value.is_floating_point():
+            continue
+        if not relative_error(twin.float(), value.float()) <= limit:
+            culprit = next((n for n in node.all_input_nodes if n in fresh), node)
+            return f"{culprit.name} ({where(culprit)})"
+    at = fresh[-1] if fresh else next(reversed(actual.values))
+    return f"{at.name} ({where(at)})"

@@ -1,0 +1,317 @@
+"""Kernels under test: a plan of independent steps, its library through ctypes, its reference in torch.
+
+Every activation sits in the arena at an odd column of a wider buffer, and outputs are poisoned with NaN,
+so that a kernel that ignores a pitch or leaves an element unwritten shows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tokenmill import codegen
+from tokenmill.codegen import build, reference
+from tokenmill.codegen.cpp.target import parse_target
+from tokenmill.ir import cache, quant
+from tokenmill.ir.cache import PAGE, Batch, CacheSpec
+from tokenmill.ir.plan import (
+    Attend,
+    Buffer,
+    CacheWrite,
+    Capacity,
+    Embed,
+    Experts,
+    KernelSpec,
+    LatentAttend,
+    Linear,
+    Norm,
+    Operand,
+    Plan,
+    Pointwise,
+    Route,
+    SelectRows,
+    Step,
+)
+
+CAPACITY = Capacity(tokens=200, rows=16)
+COLUMN, PITCH_EXTRA = 3, 8
+PAGES = 24
+
+
+def weights_of(spec: KernelSpec, rng: torch.Generator) -> dict[str, Tensor]:
+    """Random weight operands of a kernel."""
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng)
+
+    def packed(fmt: str, *shape: int, prefix: str = "") -> dict[str, Tensor]:
+        parts = quant.quantize(randn(*shape) * shape[-1] ** -0.5, quant.parse(fmt))
+        return {prefix + name: part for name, part in parts.items()}
+
+    match spec:
+        case Embed():
+            return packed(spec.format, spec.vocab, spec.width)
+        case Norm():
+            wanted = {"weight": spec.weight, "bias": spec.bias}
+            return {name: randn(spec.width) for name, there in wanted.items() if there}
+        case Linear():
+            out = packed(spec.format, spec.parts * spec.n, spec.k)
+            out |= {"bias": randn(spec.parts * spec.n)} if spec.bias else {}
+            return out | {f"e{i}": randn(spec.n) for i, k in enumerate(spec.extras) if k == "channel"}
+        case Pointwise():
+            kinds = enumerate(spec.inputs)
+            return {f"x{i}": randn(spec.width) for i, kind in kinds if kind == "channel"}
+        case Attend():
+            return {"sinks": 3 * randn(spec.heads)} if spec.sinks else {}
+        case LatentAttend():
+            dtype = torch.bfloat16 if spec.up_format == "bf16" else torch.float32
+            scale = spec.latent**-0.5
+            return {
+                "w_uk": (randn(spec.heads, spec.nope, spec.latent) * scale).to(dtype),
+                "w_uv": (randn(spec.heads, spec.value, spec.latent) * scale).to(dtype),
+            }
+        case Route():
+            return {"bias": randn(spec.experts)} if spec.router.bias else {}
+        case Experts():
+            parts = 2 if spec.gated else 1
+            up = (spec.experts, parts * spec.inter, spec.hidden)
+            down = (spec.experts, spec.hidden, spec.inter)
+            return packed(spec.gate_up_format, *up, prefix="gate_up_") | packed(
+                spec.down_format, *down, prefix="down_"
+            )
+    return {}
+
+
+def outputs_of(spec: KernelSpec) -> tuple[str, ...]:
+    match spec:
+        case CacheWrite():
+            return ()
+        case Route():
+            return ("ids", "weights")
+        case Norm(residual=True):
+            return ("sum", "out")
+    return ("out",)
+
+
+@dataclass
+class Kernels:
+    """A built plan whose step ``i`` runs ``specs[i]`` alone on buffers of its own."""
+
+    specs: Sequence[KernelSpec]
+    target: str = "cpu"
+    in_place: Mapping[KernelSpec, str] = field(default_factory=dict)  # out shares this operand's buffer
+    rng: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    def __post_init__(self) -> None:
+        self.weights = [weights_of(spec, self.rng) for spec in self.specs]
+        self.plan = _plan(self.specs, self.weights, self.in_place)
+        self.caches = {c.name: cache.allocate(c, PAGES) for c in self.plan.caches}
+        self.arena = torch.zeros(self.plan.arena_bytes + 64, dtype=torch.uint8)
+        self.arena = self.arena[-self.arena.data_ptr() % 64 :][: self.plan.arena_bytes]
+        target = parse_target(self.target)
+        self.files = codegen.emit(self.plan, self.target)
+        with tempfile.NamedTemporaryFile(suffix=".so") as file:
+            Path(file.name).write_bytes(build.build_cpu(self.files, target))
+            self.library = ctypes.CDLL(file.name)
+        self.library.tm_isa.restype = ctypes.c_char_p
+        self.library.tm_pool_create.restype = ctypes.c_void_p
+        self.library.tm_workspace_bytes.restype = ctypes.c_int64
+        self.pools: dict[int, tuple[ctypes.c_void_p, Tensor]] = {}
+
+    def pool(self, threads: int) -> tuple[ctypes.c_void_p, Tensor]:
+        """A pool with its workspace, which starts as NaN."""
+        if threads not in self.pools:
+            pool = ctypes.c_void_p(self.library.tm_pool_create(threads))
+            size = self.library.tm_workspace_bytes(threads)
+            space = torch.full((size + 64,), 255, dtype=torch.uint8)
+            self.pools[threads] = pool, space[-space.data_ptr() % 64 :][:size]
+        return self.pools[threads]
+
+    def close(self) -> None:
+        for pool, _ in self.pools.values():
+            self.library.tm_pool_destroy(pool)
+
+    def index(self, spec: KernelSpec) -> int:
+        return list(self.specs).index(spec)
+
+    def cache_of(self, spec: KernelSpec) -> Tensor:
+        return self.caches[f"{self.index(spec)}.cache"]
+
+    def operand(self, spec: KernelSpec, param: str, rows: int) -> Tensor:
+        """The columns of an activation in the arena."""
+        step = self.plan.steps[self.index(spec)]
+        buffer = self.plan.buffers[step.bind[param].buffer]
+        dtype = torch.int32 if buffer.dtype == "i32" else torch.float32
+        whole = self.arena[buffer.offset :].view(dtype)[: rows * buffer.width]
+        width = reference.operand_width(spec, param)
+        return whole.view(rows, buffer.width)[:, COLUMN : COLUMN + width]
+
+    def run(
+        self,
+        spec: KernelSpec,
+        batch: Batch,
+        inputs: dict[str, Tensor],
+        threads: int = 1,
+        rows: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Outputs of the compiled kernel; everything around them must stay poisoned."""
+        index = self.index(spec)
+        step, count = self.plan.steps[index], len(batch.positions)
+        selected = rows if rows is not None else torch.zeros(0, dtype=torch.int32)
+        extent = len(selected) if step.rows == "rows" else count
+        self.arena.fill_(255)  # NaN as float, -1 as int
+        ids = inputs.get("index", torch.zeros(count, dtype=torch.int32))
+        for name, value in inputs.items():
+            if name in step.bind and self.plan.buffers[step.bind[name].buffer].kind == "arena":
+                self.operand(spec, name, len(value))[:] = value
+        before = self.arena.clone()
+        args, keep = self._args(batch, ids, selected, threads)
+        code = self.library.tm_run(self.pool(threads)[0], ctypes.byref(args), index, index + 1)
+        assert code == 0
+        assert keep
+        names = outputs_of(spec)
+        out = {n: self.operand(spec, n, extent).clone() for n in names}
+        after, self.arena = self.arena, before
+        for name in names:  # put the outputs in place: then nothing else may differ
+            self.operand(spec, name, extent)[:] = out[name]
+        self.arena, same = after, torch.equal(after, before)
+        assert same, "written outside of the outputs"
+        return out
+
+    def expected(
+        self,
+        spec: KernelSpec,
+        batch: Batch,
+        inputs: dict[str, Tensor],
+        rows: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The same by the torch reference."""
+        operands = {**self.weights[self.index(spec)], **inputs}
+        if f"{self.index(spec)}.cache" in self.caches:
+            operands["cache"] = self.cache_of(spec)
+        if isinstance(spec, SelectRows) and rows is not None:
+            operands["index"] = rows
+        if isinstance(spec, Pointwise):
+            operands["out"] = torch.empty(len(batch.positions), spec.width)
+        return reference.run(spec, operands, batch)
+
+    def _args(
+        self, batch: Batch, ids: Tensor, rows: Tensor, threads: int
+    ) -> tuple[Args, list[object]]:
+        flat = [t for parts in self.weights for t in parts.values()]
+        weights = (ctypes.c_void_p * max(1, len(flat)))(*(t.data_ptr() for t in flat))
+        caches = (ctypes.c_void_p * max(1, len(self.caches)))(
+            *(c.data_ptr() for c in self.caches.values())
+        )
+        ints = [t.int().contiguous() for t in (ids, *batch[:1], rows, *batch[1:])]
+        ids, positions, rows, starts, table = ints
+        args = Args(
+            len(positions), len(starts) - 1, len(rows), table.shape[1] if table.dim() == 2 else 0,
+            ids.data_ptr(), positions.data_ptr(), rows.data_ptr(), starts.data_ptr(), table.data_ptr(),
+            ctypes.cast(weights, ctypes.c_void_p), ctypes.cast(caches, ctypes.c_void_p),
+            self.arena.data_ptr(), self.pool(threads)[1].data_ptr(),
+        )  # fmt: skip
+        return args, [weights, caches, ints]
+
+
+class Args(ctypes.Structure):
+    """``tm_args`` of codegen/ABI.md."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("tokens", "sequences", "rows", "table_stride")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                *("ids", "positions", "row_index", "starts", "block_table"),
+                *("weights", "caches", "arena", "workspace"),
+            )
+        ),
+    ]
+
+
+def _plan(
+    specs: Sequence[KernelSpec],
+    weights: Sequence[dict[str, Tensor]],
+    in_place: Mapping[KernelSpec, str],
+) -> Plan:
+    buffers: dict[str, Buffer] = {n: Buffer(n, "input", "i32") for n in ("ids", "rows")}
+    caches: list[CacheSpec] = []
+    steps: list[Step] = []
+    offset = 0
+    for i, (spec, parts) in enumerate(zip(specs, weights, strict=True)):
+        rows = "rows" if isinstance(spec, SelectRows) else "tokens"
+        bind: dict[str, Operand] = {}
+        for name, tensor in parts.items():
+            buffers[f"{i}.{name}"] = Buffer(f"{i}.{name}", "weight", "", shape=tuple(tensor.shape))
+        for param in spec.params:
+            name = f"{i}.{param}"
+            if param in parts:
+                bind[param] = Operand(name)
+            elif param == "index":
+                bind[param] = Operand("rows" if isinstance(spec, SelectRows) else "ids")
+            elif param == "out" and spec in in_place:
+                bind[param] = bind[in_place[spec]]
+            elif param == "cache":
+                caches.append(replace(spec.cache, name=name))
+                buffers[name] = Buffer(name, "cache", "u8")
+                bind[param] = Operand(name)
+            else:
+                width = reference.operand_width(spec, param) + PITCH_EXTRA
+                dtype = "i32" if param == "ids" else "f32"
+                buffers[name] = Buffer(name, "arena", dtype, rows, width, offset=offset)
+                offset += -(-CAPACITY.tokens * width * 4 // 64) * 64
+                bind[param] = Operand(name, COLUMN)
+        steps.append(Step(spec, bind, rows, f"layer {i}"))
+    return Plan(buffers, tuple(steps), tuple(caches), CAPACITY, offset, "", 1, 1)
+
+
+def batch_of(*sequences: tuple[int, int]) -> Batch:
+    """Sequences of (tokens already in the cache, tokens of this step), on shuffled pages."""
+    pages = iter(torch.randperm(PAGES, generator=torch.Generator().manual_seed(1)).tolist())
+    positions, starts, tables = [], [0], []
+    for past, new in sequences:
+        positions += range(past, past + new)
+        starts.append(starts[-1] + new)
+        tables.append([next(pages) for _ in range(-(-(past + new) // PAGE))])
+    width = max((len(t) for t in tables), default=0) + 1
+    table = torch.tensor([t + [-1] * (width - len(t)) for t in tables] or [[-1]], dtype=torch.int32)
+    return Batch(torch.tensor(positions, dtype=torch.int32), torch.tensor(starts, dtype=torch.int32), table)
+
+
+def inputs_of(kernels: Kernels, spec: KernelSpec, batch: Batch, seed: int = 0) -> dict[str, Tensor]:
+    """Random activations of a kernel; its cache gets random rows, and garbage where nothing lives."""
+    rng = torch.Generator().manual_seed(seed)
+    count = len(batch.positions)
+    found: dict[str, Tensor] = {}
+    for param in spec.params:
+        width = reference.operand_width(spec, param)
+        if param in outputs_of(spec) or param in kernels.weights[kernels.index(spec)]:
+            continue
+        if param == "index":
+            vocab = spec.vocab if isinstance(spec, Embed) else 1
+            found[param] = torch.randint(vocab, (count,), generator=rng, dtype=torch.int32)
+        elif param == "ids":
+            scores = torch.rand(count, spec.experts, generator=rng)
+            found[param] = scores.topk(spec.top_k, -1).indices.int()
+        elif param == "cache":
+            _fill_cache(spec.cache, kernels.cache_of(spec), batch, rng)
+        else:
+            found[param] = torch.randn(count, width, generator=rng)
+    return found
+
+
+def _fill_cache(spec: CacheSpec, rows: Tensor, batch: Batch, rng: torch.Generator) -> None:
+    """All contexts up to the newest token; every other row holds NaN bits."""
+    rows.fill_(255)
+    for b in range(len(batch.starts) - 1):
+        lo, hi = batch.starts[b : b + 2].tolist()
+        if hi > lo:
+            at = torch.arange(int(batch.positions[hi - 1]) + 1)
+            parts = [torch.randn(len(at), p.width, generator=rng) for p in spec.parts]
+            rows[batch.block_table[b, at // PAGE].long(), at % PAGE] = cache.encode(spec, parts)

@@ -1,0 +1,287 @@
+"""Every kernel against its torch reference, on hostile shapes and ragged batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tokenmill.ir import cache, quant
+from tokenmill.ir.cache import FORMATS, Batch, Part
+from tokenmill.ir.expr import FUNCTIONS
+from tokenmill.ir.plan import (
+    Attend,
+    CacheWrite,
+    Embed,
+    Experts,
+    KernelSpec,
+    LatentAttend,
+    Linear,
+    Norm,
+    Pointwise,
+    Rope,
+    Route,
+    SelectRows,
+)
+from tokenmill.ir.router import RouterSpec
+
+from .harness import Kernels, batch_of, inputs_of
+
+SWIGLU = "silu(acc0) * acc1"
+LINEARS = (
+    *(Linear(33, 160, fmt) for fmt in quant.NAMES),
+    *(Linear(130, 203, fmt) for fmt in quant.NAMES),
+    *(Linear(5, 7, fmt) for fmt in quant.NAMES),
+    Linear(40, 64, "fp8", bias=True, parts=2, epilogue=SWIGLU),
+    Linear(31, 50, "int8", bias=True, epilogue="gelu(acc0) * e1 + e0", extras=("row", "channel")),
+)
+EXPERTS = (
+    Experts(6, 2, 70, 45, "int4-g32", "int4-g32"),
+    Experts(4, 3, 48, 64, "int8", "bf16", residual=True),
+    Experts(3, 1, 130, 33, "fp32", "fp8", "square(relu(acc0))", gated=False),
+    Experts(5, 4, 64, 130, "fp8", "int8", "min(acc0, 7.0) * sigmoid(1.702 * acc0) * (acc1 + 1.0)"),
+)
+ATTENDS = (
+    *(Attend(6, 2, 24, 20, 0.2, fmt) for fmt in FORMATS),
+    Attend(4, 4, 16, 16, 0.25, "bf16", window=5, softcap=20.0),
+    Attend(5, 1, 40, 33, 0.15, "int8", window=70, sinks=True),
+)
+LATENTS = (
+    *(LatentAttend(6, 20, 12, 40, 24, 0.2, fmt, absorb_below=9) for fmt in FORMATS),
+    LatentAttend(20, 70, 8, 130, 17, 0.1, "bf16", "fp32", absorb_below=1),
+    LatentAttend(20, 70, 8, 130, 17, 0.1, "int8", "fp32", absorb_below=1000),
+)
+ROUTES = tuple(
+    Route(experts, router)
+    for experts in (8, 34)
+    for router in (
+        RouterSpec(2),
+        RouterSpec(3, "sigmoid", True, 2, 1, renormalize=True, epsilon=1e-20, scale=2.5),
+        RouterSpec(3, "softmax", False, 2, 1, "max", renormalize=False, scale=16.0),
+        RouterSpec(4, "identity", True, after="softmax", renormalize=False),
+        RouterSpec(1, "identity", after="sigmoid", renormalize=False),
+        RouterSpec(2, "sqrt_softplus", True),
+    )
+)
+NORMS = (
+    Norm(48, 1e-6),
+    Norm(37, 1e-5, heads=3, residual=True),
+    Norm(50, 1e-5, center=True, bias=True),
+    Norm(19, 1e-5, heads=2, center=True, weight=False, residual=True),
+)
+ROPES = tuple(
+    Rope(3, dim, rotary, offset, interleaved)
+    for dim, rotary, offset in ((32, 32, 0), (24, 10, 7), (70, 66, 0))
+    for interleaved in (False, True)
+)
+POINTWISES = (
+    Pointwise(33, "(x0 - x1) / (2.0 + abs(x2)) - -x0 * (x1 + 1e-3)", ("row", "scalar", "channel")),
+    Pointwise(1, "x0", ("row",)),
+)
+BINARY = {"add", "sub", "mul", "div", "min", "max"}
+FUNCTION_KERNELS = {
+    name: Pointwise(21, f"{name}(x0, x1)", ("row", "row"))
+    if name in BINARY
+    else Pointwise(21, f"{name}(x0)", ("row",))
+    for name in FUNCTIONS
+}
+WRITES = tuple(
+    CacheWrite(fmt, parts)
+    for fmt in FORMATS
+    for parts in ((Part("latent", 37, 16), Part("rope", 6, 8)), (Part("key", 48, 16), Part("value", 40, 20)))
+)
+COPIES = (Embed(11, 37, "fp32"), Embed(11, 37, "bf16"), SelectRows(29))
+# Out shares the buffer of an operand that is read element by element.
+IN_PLACE: dict[KernelSpec, str] = {
+    Rope(2, 32, 32): "x",
+    Rope(2, 30, 20, 4, True): "x",
+    Norm(48, 1e-3, heads=2): "x",
+    Norm(48, 1e-3, residual=True): "residual",
+    Pointwise(40, "silu(x0) + x1", ("row", "row")): "x1",
+    Linear(47, 60, "bf16", epilogue="acc0 + e0", extras=("row",)): "e0",
+    Experts(5, 2, 70, 45, "int4-g32", "fp8", residual=True): "residual",
+}
+SPECS: tuple[KernelSpec, ...] = (
+    *LINEARS,
+    *EXPERTS,
+    *ATTENDS,
+    *LATENTS,
+    *ROUTES,
+    *NORMS,
+    *ROPES,
+    *POINTWISES,
+    *FUNCTION_KERNELS.values(),
+    *WRITES,
+    *COPIES,
+    *IN_PLACE,
+)
+BATCHES = {
+    "none": (),
+    "an empty sequence": ((0, 0),),
+    "one token": ((0, 1),),
+    "decode": ((5, 1), (63, 1), (64, 1), (200, 1)),
+    "five tokens": ((3, 5),),
+    "a full page": ((0, 64),),
+    "over a page boundary": ((60, 9), (0, 0), (127, 2)),
+    "ragged": ((0, 70), (130, 1), (64, 33), (7, 3), (63, 2)),
+    "many": ((100, 200),),
+}
+
+
+@pytest.fixture(scope="module", params=["cpu", "cpu-x86-64"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
+    built = Kernels(SPECS, request.param, IN_PLACE)
+    yield built
+    built.close()
+
+
+def check(kernels: Kernels, spec: KernelSpec, sequences: tuple[tuple[int, int], ...]) -> None:
+    batch = batch_of(*sequences)
+    inputs = inputs_of(kernels, spec, batch)
+    got = kernels.run(spec, batch, inputs)
+    want = kernels.expected(spec, batch, inputs)
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=2e-5)
+
+
+PER_BATCH = (
+    *LINEARS,
+    *EXPERTS,
+    *ATTENDS,
+    *LATENTS,
+    *ROUTES,
+    *NORMS,
+    *ROPES,
+    *POINTWISES,
+    *COPIES[:2],
+)
+
+
+@pytest.mark.parametrize("sequences", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("spec", PER_BATCH, ids=str)
+def test_matches_reference(
+    kernels: Kernels, spec: KernelSpec, sequences: tuple[tuple[int, int], ...]
+) -> None:
+    check(kernels, spec, sequences)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_function_is_the_tables(kernels: Kernels, name: str) -> None:
+    special = [0.0, -0.0, 1e-30, -1e-30, 1e-3, -1e-3, 1.0, -1.0, 5.0, -5.0, 30.0, -30.0, 87.0, -87.0]
+    a = torch.tensor([*special, -104.0, 200.0, -200.0, torch.inf, -torch.inf, torch.nan, 1e-40])
+    a = torch.stack([a, *torch.linspace(-12.0, 12.0, 11 * 21).view(11, 21)])
+    b = a.roll(5, 0).roll(3, 1)
+    spec = FUNCTION_KERNELS[name]
+    batch = batch_of((0, len(a)))
+    inputs = {"x0": a, "x1": b} if name in BINARY else {"x0": a}
+    got = kernels.run(spec, batch, inputs)["out"]
+    want = kernels.expected(spec, batch, inputs)["out"]
+    torch.testing.assert_close(got, want, rtol=2e-6, atol=1e-7, equal_nan=True)
+
+
+@pytest.mark.parametrize("sequences", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("spec", WRITES, ids=str)
+def test_cache_rows_are_the_references(
+    kernels: Kernels, spec: CacheWrite, sequences: tuple[tuple[int, int], ...]
+) -> None:
+    batch = batch_of(*sequences)
+    inputs = inputs_of(kernels, spec, batch)
+    if inputs and len(batch.positions):
+        inputs["p0"][0] = 0.0  # an all-zero tile has scale 0
+    got = kernels.cache_of(spec)
+    got.fill_(7)
+    want = got.clone()
+    kernels.run(spec, batch, inputs)
+    cache.write(spec.cache, want, batch, list(inputs.values()))
+    if spec.format == "int8":  # the alignment gap before the scales means nothing
+        gap = slice(spec.cache.width, spec.cache.scale_offset)
+        got[..., gap] = want[..., gap]
+    assert torch.equal(got, want)
+
+
+def test_bf16_cache_rounds_like_torch(kernels: Kernels) -> None:
+    spec = next(w for w in WRITES if w.format == "bf16")
+    batch = batch_of((0, 1))
+    odd = [1.00390625, 1.01171875, -1.00390625, 3.4e38, torch.inf, -torch.inf, torch.nan, 1e-40]
+    p0 = torch.tensor(odd * 6)[None, : spec.parts[0].width]
+    p1 = torch.zeros(1, spec.parts[1].width)
+    kernels.run(spec, batch, {"p0": p0, "p1": p1})
+    rows = kernels.cache_of(spec)[batch.block_table[0, 0].long(), :1]
+    torch.testing.assert_close(cache.decode(spec.cache, rows)[0], p0.bfloat16().float(), equal_nan=True)
+
+
+def test_select_rows(kernels: Kernels) -> None:
+    spec = COPIES[2]
+    batch = batch_of((0, 9))
+    inputs = {"x": torch.randn(9, spec.width)}
+    for rows in ([], [8], [0, 8, 3, 3]):
+        at = torch.tensor(rows, dtype=torch.int32)
+        got = kernels.run(spec, batch, inputs, rows=at)["out"]
+        assert torch.equal(got, inputs["x"][at.long()])
+
+
+@pytest.mark.parametrize("spec", EXPERTS, ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 130])
+def test_all_tokens_on_the_same_experts(kernels: Kernels, spec: Experts, tokens: int) -> None:
+    batch = batch_of((0, tokens))
+    inputs = inputs_of(kernels, spec, batch)
+    inputs["ids"][:] = torch.arange(spec.top_k).flip(0) + spec.experts - spec.top_k
+    got = kernels.run(spec, batch, inputs)["out"]
+    want = kernels.expected(spec, batch, inputs)["out"]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
+
+
+def test_weights_of_idle_experts_are_not_read(kernels: Kernels) -> None:
+    """Idle experts hold NaN; a kernel that multiplied by zero would show it."""
+    spec = EXPERTS[1]
+    weights = kernels.weights[kernels.index(spec)]
+    batch = batch_of((0, 12))
+    inputs = inputs_of(kernels, spec, batch)
+    inputs["ids"][:] = torch.tensor([0, 3, 2])
+    saved = {name: weights[name].clone() for name in ("gate_up_scale", "down_w")}
+    for name in saved:
+        weights[name][1] = torch.nan
+    got = kernels.run(spec, batch, inputs)["out"]
+    for name, value in saved.items():
+        weights[name].copy_(value)
+    torch.testing.assert_close(got, kernels.expected(spec, batch, inputs)["out"], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 90])
+@pytest.mark.parametrize("spec", IN_PLACE, ids=str)
+def test_out_may_be_an_operand(kernels: Kernels, spec: KernelSpec, tokens: int) -> None:
+    check(kernels, spec, ((0, tokens),))
+
+
+@pytest.mark.parametrize("spec", [s for s in PER_BATCH if not isinstance(s, Embed)], ids=str)
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads_do_not_change_a_bit(kernels: Kernels, spec: KernelSpec, threads: int) -> None:
+    batch = batch_of((0, 70), (130, 1), (64, 33), (7, 3), (63, 2))
+    inputs = inputs_of(kernels, spec, batch)
+    alone = kernels.run(spec, batch, inputs, threads=1)
+    together = kernels.run(spec, batch, inputs, threads=threads)
+    for name, value in alone.items():
+        assert torch.equal(value, together[name])
+
+
+@pytest.mark.parametrize("spec", [*LINEARS, *EXPERTS, *NORMS, *ROUTES, *ATTENDS, *LATENTS], ids=str)
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_a_token_has_the_same_bits_alone_and_in_a_batch(
+    kernels: Kernels, spec: KernelSpec, size: int
+) -> None:
+    """Also: a prompt has the same bits whole and in pieces (within one algorithm of latent attention)."""
+    new = 8 if isinstance(spec, LatentAttend) and spec.absorb_below == 9 else 77
+    whole = batch_of((100, new))
+    inputs = inputs_of(kernels, spec, whole)
+    want = kernels.run(spec, whole, inputs)
+    for at in range(0, new - size, max(1, new // 6)):
+        piece = Batch(
+            whole.positions[at : at + size],
+            torch.tensor([0, size], dtype=torch.int32),
+            whole.block_table,
+        )
+        part = {name: value[at : at + size] for name, value in inputs.items()}
+        got = kernels.run(spec, piece, part)
+        for name, value in got.items():
+            assert torch.equal(value, want[name][at : at + size])
