@@ -27,7 +27,7 @@ lint: $(installed)
 	$(bin)/ruff format --check .
 	mkdir -p build/mypy && ln -sfn ../.. build/mypy/tokenmill
 	cd build/mypy && $(abspath $(bin))/mypy -p tokenmill \
-	  --config-file ../../pyproject.toml --no-namespace-packages
+	  --config-file ../../pyproject.toml --no-namespace-packages --exclude /tests/
 
 format: $(installed)
 	$(bin)/ruff check --fix .

@@ -9,6 +9,8 @@ it, so that ``run`` and ``--help`` start at once.
 from __future__ import annotations
 
 import signal
+import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,8 +43,10 @@ TrustRemoteCode = Annotated[
 
 
 def main() -> None:
-    """The entry point: a kill cleans up like Ctrl-C does."""
+    """The entry point: a kill cleans up like Ctrl-C does, and libraries' warnings are not shown."""
     signal.signal(signal.SIGTERM, _terminated)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
     app(prog_name="tokenmill")
 
 
@@ -238,8 +242,8 @@ def inspect(
 def verify(directory: Dir, as_json: Json = False) -> None:
     """Prove that the artifact DIR is whole and that its kernels come from its plan.
 
-    Every file is compared with its hash, and every kernel is emitted again and compared.  Exit status
-    1 if the files are whole but this version of tokenmill emits other kernels.
+    Every file is compared with its hash, and every kernel is emitted again and compared.  The exit
+    status is 1 if the files are whole but this version of tokenmill emits other kernels.
     """
     with answering(as_json) as answer:
         from . import api

@@ -129,7 +129,11 @@ def _drawings(layer: Facts) -> list[Element]:
 def _figure(title: str, side: Facts) -> Element:
     count = f"{title}: {len(side['nodes'])} operations"
     drawing = draw(side["nodes"], side["edges"], count)
-    return el("figure", el("figcaption", el("h3", count)), el("div", drawing, class_="canvas"))
+    width = int(drawing.attrib["width"])
+    # A wide drawing gets more of the page, and shrinks a little before it has to scroll.
+    drawing.set("style", f"min-width:{0.75 * width:.0f}px")
+    canvas = el("div", drawing, class_="canvas")
+    return el("figure", el("figcaption", el("h3", count)), canvas, style=f"flex-grow:{width}")
 
 
 def _formats(facts: Facts) -> list[Element]:
@@ -191,7 +195,8 @@ def _source(name: str, text: str) -> Element:
 def _spec(spec: Facts | str) -> Cell:
     if isinstance(spec, str):
         return el("span", spec, class_="mono soft")
-    shown = (f"{k}={_short(v)}" for k, v in spec.items() if k != "kind" and v not in ("", None, []))
+    # What is empty, False or 0 is a feature that this kernel does without.
+    shown = (f"{k}={_short(v)}" for k, v in spec.items() if k != "kind" and v)
     return el("span", ", ".join(shown), class_="mono soft")
 
 

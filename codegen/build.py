@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +21,7 @@ from ..errors import BuildFailed, CompilerMissing
 from .cpp.target import CpuTarget
 
 MAIN = "step.cpp"
+LOG_LINES = 40  # the first error is the one that counts
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -53,11 +54,15 @@ def compiler() -> tuple[str, ...]:
     raise CompilerMissing(tried="CXX, g++, clang++, python -m ziglang c++")
 
 
+def _is_zig(command: Sequence[str]) -> bool:
+    return "ziglang" in command or Path(command[0]).name == "zig"
+
+
 @lru_cache(maxsize=1)
 def toolchain() -> str:
     """Name and version of the compiler, for the manifest."""
     command = compiler()
-    name = "zig c++" if "ziglang" in command else Path(command[0]).name
+    name = "zig c++" if _is_zig(command) else Path(command[0]).name
     try:
         done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
@@ -71,12 +76,14 @@ def build_cpu(files: Mapping[str, str], target: CpuTarget) -> bytes:
         root = Path(directory)
         for name, text in files.items():
             (root / name).write_text(text)
-        command = [*compiler(), *target.flags, *FLAGS, f"-ffile-prefix-map={directory}=."]
+        machine = target.zig_flags if _is_zig(compiler()) else target.flags
+        command = [*compiler(), *machine, *FLAGS, f"-ffile-prefix-map={directory}=."]
         command += [MAIN, "-o", "step.so"]
         try:
             done = subprocess.run(command, cwd=root, capture_output=True, text=True)
         except OSError as error:
             raise CompilerMissing(tried=f"{shlex.join(compiler())}: {error}") from error
         if done.returncode != 0:
-            raise BuildFailed(file=MAIN, log=(done.stderr or done.stdout).strip())
+            log = (done.stderr or done.stdout).strip().splitlines()
+            raise BuildFailed(file=MAIN, log="\n".join(log[:LOG_LINES]))
         return (root / "step.so").read_bytes()

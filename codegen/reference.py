@@ -108,7 +108,7 @@ def operand_width(spec: KernelSpec, param: str) -> int:
             return 1
         case (Embed() | SelectRows() | Pointwise()), _:
             return spec.width
-        case CacheWrite(), _:
+        case CacheWrite(), str(p) if p != "cache":
             return spec.parts[int(param[1:])].width
         case Attend(), "q":
             return spec.heads * spec.head_dim

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from ..ir.program import Program, is_weight, shape
+from ..ir.program import Program, Stage, is_weight, shape
 from .base import Pass, aten, calls, is_call, mill, replace, same_shape, same_size, sweep
 from .region import dependents, fold, is_token_count
 
@@ -93,6 +93,8 @@ def _reshape(program: Program, node: fx.Node) -> bool:
         return True
     sizes = _sizes(program, node)
     if sizes is None or (is_call(node, aten.reshape) and source is node.args[0]):
+        if is_call(node, aten.view, aten._unsafe_view):
+            node.target = aten.reshape.default
         return False
     with program.graph.inserting_before(node):
         replace(program, node, program.call(aten.reshape.default, source, sizes, like=node))
@@ -157,7 +159,7 @@ def _embedding(program: Program, node: fx.Node) -> bool:
     return True
 
 
-def _double_transpose(program: Program, node: fx.Node) -> bool:
+def double_transpose(program: Program, node: fx.Node) -> bool:
     """(x^T)^T = x"""
     if not is_call(node, aten.transpose) or not is_call(inner := node.args[0], aten.transpose):
         return False
@@ -185,7 +187,7 @@ _RULES: tuple[Callable[[Program, fx.Node], bool], ...] = (
     _positions,
     _leading_rows,
     _embedding,
-    _double_transpose,
+    double_transpose,
     _reshape,
 )
 
@@ -195,6 +197,7 @@ class FoldWeights(Pass):
     """f(W) = W': what depends on weights alone is computed once, at build time"""
 
     name = "fold_weights"
+    produces = Stage.CANONICAL
 
     def run(self, program: Program) -> int:
         moving = dependents(program, lambda n: n.op == "placeholder") | _sized(program)

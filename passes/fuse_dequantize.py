@@ -12,7 +12,7 @@ from .weight_slots import Slot, slots
 
 @dataclass
 class FuseDequantize(Pass):
-    """f(x, dequantize(parts)) => f(x, parts, format): the full weight never exists."""
+    """f(x, dequantize(parts)) => f(x, parts, format): the full weight never exists"""
 
     name = "fuse_dequantize"
     produces: ClassVar[Stage | None] = Stage.FUSED

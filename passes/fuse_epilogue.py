@@ -18,7 +18,7 @@ from .views import features, rows, width
 
 @dataclass
 class FuseEpilogue(Pass):
-    """f(x W^T, r) => x W^T with the epilogue f(acc0, e0) and e0 = r.
+    """f(x W^T, r) => x W^T with the epilogue f(acc0, e0) and e0 = r
 
     The usual f is the residual add.
     """

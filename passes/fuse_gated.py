@@ -20,7 +20,7 @@ from .views import Columns, columns, readers, width
 
 @dataclass
 class FuseGated(Pass):
-    """f(x G^T, x U^T) => one linear map by [G; U] that ends in f(acc0, acc1), as in SwiGLU.
+    """f(x G^T, x U^T) => one linear map by [G; U] that ends in f(acc0, acc1), as in SwiGLU
 
     Gate and up may be two maps or two cuts of one.
     """

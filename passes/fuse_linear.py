@@ -12,7 +12,7 @@ from .views import features
 
 @dataclass
 class FuseLinear(Pass):
-    """aten.linear(x, W, b) => mill.linear(x, [W], b), where x is one vector per row."""
+    """aten.linear(x, W, b) => mill.linear(x, [W], b), where x is one vector per row"""
 
     name = "fuse_linear"
 

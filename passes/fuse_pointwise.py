@@ -17,7 +17,7 @@ from .views import features, rows, width
 
 @dataclass
 class FusePointwise(Pass):
-    """f(g(x), h(y)) => one expression of x and y.
+    """f(g(x), h(y)) => one expression of x and y
 
     A producer is computed inside its consumers if all of them are pointwise and nothing dear is
     repeated: it is named once, or reads one row and costs at most ``repeat`` cheap operations.

@@ -18,7 +18,7 @@ RESIDUAL = 5  # position among the arguments of mill.experts
 
 @dataclass
 class FuseResidual(Pass):
-    """h + (experts(x) + shared(x)) => experts(x, residual = h + shared(x)).
+    """h + (experts(x) + shared(x)) => experts(x, residual = h + shared(x))
 
     The inner sum is left for the shared expert's epilogue, so that a block ends without a step
     that only adds up.
@@ -52,9 +52,9 @@ def _takes(experts: fx.Node, node: fx.Node) -> bool:
 def without(total: Expr, term: str) -> Expr | None:
     """What a sum leaves when one of its terms is taken away; None if it is not among them."""
     match total:
-        case Call("add", (Ref(name), rest) | (rest, Ref(name))) if name == term:
-            return rest
         case Call("add", (left, right)):
+            if Ref(term) in (left, right):
+                return left if right == Ref(term) else right
             if (fewer := without(left, term)) is not None:
                 return Call("add", (fewer, right))
             if (fewer := without(right, term)) is not None:
@@ -68,7 +68,7 @@ def _fuse(program: Program, node: fx.Node, experts: fx.Node) -> None:
     with program.graph.inserting_before(node):
         residual = _value(program, node, rest)
         args = (*experts.args[:RESIDUAL], residual, *experts.args[RESIDUAL + 1 :])
-        fused = program.call(mill.experts.default, *args, like=node)
+        fused = program.call(mill.experts.default, *args, like=experts)
     replace(program, node, fused)
     program.graph.erase_node(node)
 

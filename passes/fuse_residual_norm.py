@@ -15,7 +15,7 @@ from .views import features
 
 @dataclass
 class FuseResidualNorm(Pass):
-    """s = x + r, rms_norm(s) => (s, n) = add_rms_norm(x, r).
+    """s = x + r, rms_norm(s) => (s, n) = add_rms_norm(x, r)
 
     Runs after :mod:`.fuse_epilogue`: an add at the end of a linear map costs nothing at all.
     """

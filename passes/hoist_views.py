@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..ir.program import Program, is_weight, shape
-from .base import Pass, aten, calls, is_call, mill, replace, same_size, sweep
+from .base import Pass, aten, calls, is_call, mill, replace, sweep
 from .scalar import scalar_expression
-from .views import RESHAPES, reshape, row_dim
+from .views import RESHAPES, features, reshape, row_dim
 
 PER_ROW = (mill.linear, mill.experts, mill.pointwise, mill.rms_norm, mill.layer_norm)
 
 
 @dataclass
 class HoistViews(Pass):
-    """view(f(x)) => f(view(x)), for an f that works row by row on the last dim.
+    """view(f(x)) => f(view(x)), for an f that works row by row on the last dim
 
     Models flatten [1, T, F] to [T, F] around some of their blocks; moved up, the two reshapes meet
     and cancel, and nothing is left between producers and consumers.
@@ -52,15 +52,15 @@ def _hoist(program: Program, view: fx.Node) -> int:
 
 
 def _movable(view: fx.Node) -> bool:
-    """Whether the view only regroups the rows of a row-by-row op that nothing else uses."""
+    """Whether the view only adds or drops dims of size 1, after a row-by-row op used just there."""
     node = view.args[0]
     if len(node.users) > 1 or not (is_call(node, *PER_ROW) or scalar_expression(node)):
         return False
     inputs = [n for n in node.all_input_nodes if not is_weight(n)]
     return (
         row_dim(view) is not None
-        and same_size(shape(view)[-1], shape(node)[-1])
-        and len(shape(view)) > 1
+        and len(row := features(view) or ()) == 1
+        and row == features(node)
         and all(_leading(n) == _leading(node) for n in inputs)
     )
 

@@ -10,7 +10,8 @@ from torch import Tensor, fx
 
 from ..errors import Unsupported
 from ..ir.program import Program, shape, where
-from .base import Pass, aten, calls, is_call, mill, replace, sweep
+from .base import Pass, aten, calls, mill, replace, sweep
+from .canonicalize import double_transpose
 from .region import Region, dependents
 
 _SAMPLE = 97  # longer than small windows, so that a windowed mask shows
@@ -39,6 +40,8 @@ class LiftAttention(Pass):
                 )
                 replace(program, node, program.call(aten.transpose.int, out, 1, 2, like=node))
             matches += 1
+        for node in calls(program, aten.transpose):
+            double_transpose(program, node)
         sweep(program)
         return matches
 
@@ -87,7 +90,3 @@ def _causal(window: int) -> Tensor:
 
 def _refuse(node: fx.Node, what: str, advice: str) -> None:
     raise Unsupported(reason=what, where=where(node), advice=advice)
-
-
-def is_attention(node: fx.Node) -> bool:
-    return is_call(node, mill.attention)

@@ -12,7 +12,7 @@ from math import prod
 from typing import Any, Literal
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ..errors import NotLowered
 from ..ir import ops, plan
@@ -101,7 +101,7 @@ class Lowering:
     def rows(self, node: fx.Node) -> Rows:
         """What counts a node's rows; selected rows share the symbol of tokens, not the count."""
         count = views.rows(node)
-        if count not in ("1", self._tokens) or views.row_dim(node) is None and not _fixed(node):
+        if count not in ("1", self._tokens) or (count == "1" and not _fixed(node)):
             raise _refusal(node, "must have one dim that counts tokens or selected rows")
         return "fixed" if count == "1" else "rows" if node in self._selected else "tokens"
 
@@ -122,20 +122,25 @@ class Lowering:
         return Operand(place.buffer, place.column + start)
 
     def weight(self, name: str) -> Operand:
+        if name in self.buffers and self.buffers[name].kind != "weight":
+            name = self._derived(f"weight.{name}", torch.clone, name)
         like = self.program.weights.like(name)
         sizes = tuple(like.shape)
         self.buffers[name] = Buffer(name, "weight", _DTYPES[like.dtype], shape=sizes)
         return Operand(name)
+
+    def _derived(self, name: str, function: Callable[[Tensor], Tensor], source: str) -> str:
+        if name not in self.program.weights:
+            self.program.weights.derive(name, function, source)
+        return name
 
     def channel(self, node: fx.Node, like: fx.Node) -> Operand:
         """A weight that is broadcast over rows, one number per column of ``like``."""
         row, name = features(like) or (), node.target
         if shape(node) == (prod(row),):
             return self.weight(name)
-        spread = f"{name}.per_channel{prod(row)}"
-        if spread not in self.program.weights:
-            self.program.weights.derive(spread, lambda w: _per_channel(w, row), name)
-        return self.weight(spread)
+        spread = f"{name}.over{list(row)}"
+        return self.weight(self._derived(spread, lambda w: _per_channel(w, row), name))
 
     def out(self, node: fx.Node) -> Operand:
         """Where a node's result goes: its home in a join, or a buffer of its own."""
@@ -195,7 +200,7 @@ class Lowering:
     # --- steps ---
 
     def step(self, node: fx.Node) -> None:
-        if not isinstance(node.meta["val"], torch.Tensor | tuple | list):
+        if not isinstance(node.meta["val"], Tensor | tuple | list):
             return  # a size
         packet = getattr(node.target, "overloadpacket", None)
         if packet in _MISSING_PASS:
@@ -208,12 +213,12 @@ class Lowering:
         self.steps.append(Step(spec, {p: bind[p] for p in spec.params}, of, module_path(node)))
 
     def extern(self, node: fx.Node) -> None:
-        """What no kernel covers is torch's to run, and counted."""
-        source = node.args[0] if is_call(node, operator.getitem) else node
-        if isinstance(source.meta["val"], torch.Tensor):
-            spec, inputs = extern(node, self.rows(node), self._tokens)
-            bind = {name: self.source(n) for name, n in inputs.items()}
-            self.emit(node, spec, **bind, out=self.out(node))
+        """What no kernel covers is torch's to run, and counted; a tuple, one member at a time."""
+        if node in self._place or not isinstance(node.meta["val"], Tensor):
+            return
+        spec, inputs = extern(node, self.rows(node), self._tokens)
+        bind = {name: self.source(n) for name, n in inputs.items()}
+        self.emit(node, spec, **bind, out=self.out(node))
 
     def output(self) -> str:
         """The buffer of the logits, which has nothing else in it."""
@@ -253,15 +258,16 @@ def _refusal(node: fx.Node, demand: str) -> NotLowered:
 
 
 def _after_selection(program: Program) -> set[fx.Node]:
-    """Nodes with one row per selected token."""
-    found = {program.input("rows")}
+    """Nodes with one row per selected token: ``rows``, and all that depends on it."""
+    found: set[fx.Node] = set()
     for node in program.graph.nodes:
-        if is_call(node, mill.select_rows) or any(n in found for n in node.all_input_nodes):
+        is_input = node.op == "placeholder" and node.target == "rows"
+        if is_input or any(n in found for n in node.all_input_nodes):
             found.add(node)
     return found
 
 
-def _per_channel(weight: torch.Tensor, row: tuple[int, ...]) -> torch.Tensor:
+def _per_channel(weight: Tensor, row: tuple[int, ...]) -> Tensor:
     while weight.dim() > len(row):
         weight = weight.squeeze(0)
     return weight.expand(row).reshape(-1).contiguous()

@@ -12,15 +12,17 @@ ALIGN = 64
 
 
 def memory(plan: Plan) -> Plan:
-    """Give every arena buffer its place: best fit by size over the interference graph.
+    """Give every arena buffer its place, by first fit over the interference graph.
 
     ``plan.meta["arena"]`` tells ``bytes``, what they would be ``unshared``, and ``live``, the most
     that any step needs at once, which no placement can beat.
     """
     spans = lifetimes(plan)
     sizes = {name: _aligned(plan.buffers[name].bytes(plan.capacity)) for name in spans}
-    offsets = place(interference(spans), sizes)
-    total = max((offsets[name] + size for name, size in sizes.items()), default=0)
+    graph = interference(spans)
+    placements = [place(graph, sizes, order) for order in orders(spans, sizes)]
+    offsets = min(placements, key=lambda placed: _end(placed, sizes))
+    total = _end(offsets, sizes)
     live = [
         sum(sizes[n] for n, (first, last) in spans.items() if first <= step <= last)
         for step in range(len(plan.steps))
@@ -60,10 +62,21 @@ def interference(spans: dict[str, tuple[int, int]]) -> nx.Graph:
     return graph
 
 
-def place(graph: nx.Graph, sizes: dict[str, int]) -> dict[str, int]:
-    """Large buffers first, each at the lowest offset where it meets no neighbour."""
+def orders(spans: dict[str, tuple[int, int]], sizes: dict[str, int]) -> list[list[str]]:
+    """Orders of placement worth trying: by size, size times lifetime, lifetime, and start."""
+    length = {name: last - first + 1 for name, (first, last) in spans.items()}
+    return [
+        sorted(spans, key=lambda n: (-sizes[n], -length[n], n)),
+        sorted(spans, key=lambda n: (-sizes[n] * length[n], n)),
+        sorted(spans, key=lambda n: (-length[n], -sizes[n], n)),
+        sorted(spans, key=lambda n: (spans[n], -sizes[n], n)),
+    ]
+
+
+def place(graph: nx.Graph, sizes: dict[str, int], order: list[str]) -> dict[str, int]:
+    """Give each buffer in turn the lowest offset at which it meets no neighbour."""
     offsets: dict[str, int] = {}
-    for name in sorted(graph, key=lambda n: (-sizes[n], n)):
+    for name in order:
         taken = sorted((offsets[n], offsets[n] + sizes[n]) for n in graph[name] if n in offsets)
         offset = 0
         for start, end in taken:
@@ -72,6 +85,10 @@ def place(graph: nx.Graph, sizes: dict[str, int]) -> dict[str, int]:
             offset = max(offset, end)
         offsets[name] = offset
     return offsets
+
+
+def _end(offsets: dict[str, int], sizes: dict[str, int]) -> int:
+    return max((offset + sizes[name] for name, offset in offsets.items()), default=0)
 
 
 def _aligned(size: int) -> int:

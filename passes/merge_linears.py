@@ -20,7 +20,7 @@ _Group: TypeAlias = list[tuple[fx.Node, Linear]]
 
 @dataclass
 class MergeLinears(Pass):
-    """x A^T, x B^T => columns of x [A; B]^T: the input is read once, and one kernel starts.
+    """x A^T, x B^T => columns of x [A; B]^T: the input is read once, and one kernel starts
 
     Only plain maps, with weights that the recipe gives one format; readers of columns pay nothing.
     """

@@ -29,7 +29,7 @@ class Decision:
 
 @dataclass
 class Quantize(Pass):
-    """W => dequantize(q, scale), in the format that the recipe gives the weight's role and names.
+    """W => dequantize(q, scale), in the format that the recipe gives the weight's role and names
 
     ``decisions`` tells what was decided for every weight, also for those that stay in fp32.
     """

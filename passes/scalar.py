@@ -42,8 +42,8 @@ def _call(fn: str) -> Rule:
 def _scaled(fn: str) -> Rule:
     """a (+ or -) alpha b"""
 
-    def rule(a: Expr, b: Expr, alpha: float = 1) -> Expr:
-        return Call(fn, (a, b if alpha == 1 else Call("mul", (b, Const(float(alpha))))))
+    def rule(a: Expr, b: Expr, alpha: Expr = _ONE) -> Expr:
+        return Call(fn, (a, b if alpha == _ONE else Call("mul", (b, alpha))))
 
     return rule
 
@@ -92,7 +92,7 @@ RULES: dict[Any, Rule] = {
     **{getattr(aten, name): _call(name) for name in _SAME_NAME},
     aten.add: _scaled("add"),
     aten.sub: _scaled("sub"),
-    aten.rsub: lambda a, b, alpha=1: _scaled("sub")(b, a, alpha),
+    aten.rsub: lambda a, b, alpha=_ONE: _scaled("sub")(b, a, alpha),
     aten.div: _div,
     aten.reciprocal: lambda x: Call("div", (Const(1.0), x)),
     aten.pow: _pow,
@@ -130,12 +130,9 @@ def _operand(value: Any, refs: dict[fx.Node, Ref]) -> Any:
 
 
 def _options(node: fx.Node, refs: dict[fx.Node, Ref]) -> dict[str, Any]:
-    """Keyword arguments by the names of the rules; plain numbers stay numbers."""
+    """Keyword arguments, by the names that the rules have for them."""
     names = {"min": "low", "max": "high", "negative_slope": "slope"}
-    return {
-        names.get(key, key): value if key == "alpha" else _operand(value, refs)
-        for key, value in node.kwargs.items()
-    }
+    return {names.get(key, key): _operand(value, refs) for key, value in node.kwargs.items()}
 
 
 def _is_fp32(node: fx.Node) -> bool:

@@ -1,18 +1,19 @@
-"""Steps that no kernel computes: torch runs them on views of the arena, without copying operands.
+"""Steps that no kernel computes: torch runs them on the arena's memory.
 
 ``args`` and ``kwargs`` of a step are JSON, in which an object stands for what JSON cannot say:
 
-    {"operand": "x"}                       the bound buffer from its first column on, [rows, width]
-    {"operand": "x", "shape": [1, -1, 8]}  the same so shaped: -1 is the rows, 8 columns are read
-    {"size": "tokens"}                     how many tokens the batch has (or "rows")
-    {"dtype": "float32"}                   torch.float32
+    {"operand": "x0", "columns": 8, "shape": [1, -1, 8], "dtype": "float32"}
+        8 columns of every row of what is bound to x0, in that shape (-1: the rows), as that dtype
+    {"size": "tokens", "times": 4}
+        four times the batch's count of tokens (or of rows of logits, "rows")
+    {"dtype": "float32"}
+        torch.float32
 
-The result, whatever its shape, fills the columns of ``out`` from its first on.
+The numbers of the result, or of its member ``item``, fill the rows of ``out`` in order.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -48,36 +49,34 @@ class ExternRunner:
 
     def run(self, step: ExternStep, batch: Batch) -> None:
         """Compute ``step`` for the batch whose activations the arena holds."""
-        out = self._operand("out", step, None, batch)
+        buffer, column = step.bind["out"]
+        out = self._view(buffer, batch)
         if out.shape[0] == 0:
             return
         with self._torch.inference_mode():
-            args = [self._value(arg, step, batch) for arg in step.args]
+            args = self._value(step.args, step, batch)
             kwargs = {name: self._value(arg, step, batch) for name, arg in step.kwargs.items()}
-            result = self._ops[step.index](*args, **kwargs).reshape(out.shape[0], -1)
-            out[:, : result.shape[1]] = result
+            result = self._ops[step.index](*args, **kwargs)
+            part = result if step.item < 0 else result[step.item]
+            rows = part.reshape(out.shape[0], -1)
+            out[:, column : column + rows.shape[1]] = rows
 
     def _value(self, arg: Any, step: ExternStep, batch: Batch) -> Any:
         """The Python value of a JSON argument."""
         match arg:
             case list():
                 return [self._value(item, step, batch) for item in arg]
-            case {"operand": name}:
-                return self._operand(name, step, arg.get("shape"), batch)
-            case {"size": over}:
-                return batch.extent(over)
+            case {"operand": name, "columns": columns, "shape": shape, "dtype": dtype}:
+                buffer, column = step.bind[name]
+                tensor = self._view(buffer, batch)
+                if buffer in self._arena.activations:
+                    tensor = tensor[:, column : column + columns]
+                return tensor.reshape(shape).to(getattr(self._torch, dtype))
+            case {"size": over, "times": times}:
+                return batch.extent(over) * times
             case {"dtype": name}:
                 return getattr(self._torch, name)
         return arg
-
-    def _operand(self, name: str, step: ExternStep, shape: list[int] | None, batch: Batch) -> Any:
-        buffer, column = step.bind[name]
-        tensor = self._view(buffer, batch)
-        if buffer not in self._arena.activations or shape is None:
-            part = tensor[:, column:] if column else tensor
-            return part if shape is None else part.reshape(shape)
-        width = math.prod(size for size in shape if size >= 0)
-        return tensor[:, column : column + width].reshape(shape)
 
     def _view(self, buffer: str, batch: Batch) -> TorchTensor:
         """A whole buffer: the rows in use of an activation, a weight, or an input by its name."""
@@ -93,7 +92,7 @@ class ExternRunner:
             tensor = self._torch.from_numpy(array)
         return tensor.view(getattr(self._torch, _BITS[dtype])) if dtype in _BITS else tensor
 
-    def _resolve(self, step: ExternStep) -> Callable[..., TorchTensor]:
+    def _resolve(self, step: ExternStep) -> Callable[..., Any]:
         found: Any = self._torch.ops
         try:
             for part in step.op.split("."):
@@ -105,4 +104,4 @@ class ExternRunner:
                 advice="install the torch that the artifact was made with, or import the library "
                 "that registers the operator",
             ) from error
-        return cast("Callable[..., TorchTensor]", found)
+        return cast("Callable[..., Any]", found)

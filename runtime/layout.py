@@ -50,13 +50,15 @@ class CacheLayout:
 class ExternStep:
     """Step ``index`` of the plan, which torch runs: ``out = op(*args, **kwargs)``.
 
-    ``bind`` maps its operands and ``out`` to (buffer, first column).
+    ``item`` picks one of several results (-1: there is one); ``bind`` maps operands and ``out`` to
+    (buffer, first column).  runtime.extern says how arguments are written.
     """
 
     index: int
     op: str
     args: list[Any]
     kwargs: dict[str, Any]
+    item: int
     bind: Mapping[str, tuple[str, int]]
     where: str
 
@@ -148,6 +150,7 @@ def _externs(plan: Mapping[str, Any]) -> Iterator[ExternStep]:
                 op=spec["op"],
                 args=call["args"],
                 kwargs=call["kwargs"],
+                item=spec["item"],
                 bind={name: (at[0], at[1]) for name, at in step["bind"].items()},
                 where=step["where"],
             )

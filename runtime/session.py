@@ -99,6 +99,11 @@ class Session:
         return Tokenizer(file)
 
     @cached_property
+    def begin_tokens(self) -> list[int]:
+        """The id that opens a text, if the model has one: at most one, from where the ends are."""
+        return self._special_ids("bos")[:1]
+
+    @cached_property
     def end_tokens(self) -> frozenset[int]:
         """Ids that end a text: of generation_config.json, the plan's meta, or the tokenizer."""
         return frozenset(self._special_ids("eos"))
@@ -234,8 +239,8 @@ class Session:
     def _checked(self, prompt: Prompt, index: int, new: int) -> list[int]:
         """The token ids of a prompt, if the model can take them and ``new`` more."""
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _as_ids(prompt)
-        if not tokens and new:
-            tokens = self._special_ids("bos")[:1]
+        if new:
+            tokens = tokens or self.begin_tokens
         if not tokens:
             raise errors.EmptyPrompt(index=index)
         for position, token in enumerate(tokens):

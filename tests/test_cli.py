@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tokenmill.cli import app
 from typer.testing import CliRunner, Result
 
@@ -123,7 +124,7 @@ def test_eval_measures_and_compares(
     text = tmp_path / "text.txt"
     text.write_text((tiny_deepseek / "heldout.txt").read_text()[:4000])
     found = answer("eval", int4_artifact, "--text", text, "--against", tiny_deepseek)
-    assert 0.5 < found["bits_per_byte"] < 3
+    assert found["bits_per_byte"] == pytest.approx(found["original_bits_per_byte"], rel=0.05)
     assert found["bytes"] == len(text.read_bytes())
     assert 0 <= found["kl_mean"] < 0.1
     assert 0.8 < found["top1_agreement"] <= 1
@@ -154,9 +155,19 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def _copy(model: Path, parent: Path) -> Path:
+    """A copy without published checksums, so that the damage itself must be found."""
+    without = shutil.ignore_patterns("SHA256SUMS")
+    return shutil.copytree(model, parent / "model", ignore=without)
+
+
 def _empty(model: Path) -> None:
     for file in model.iterdir():
         file.unlink()
+
+
+def _without_config(model: Path) -> None:
+    (model / "config.json").unlink()
 
 
 def _without_weights(model: Path) -> None:
@@ -187,16 +198,42 @@ def _contradicted(model: Path) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [_empty, _without_weights, _not_json, _truncated, _broken_header, _contradicted],
+    [
+        _empty,
+        _without_config,
+        _without_weights,
+        _not_json,
+        _truncated,
+        _broken_header,
+        _contradicted,
+    ],
     ids=lambda damage: damage.__name__.strip("_"),
 )
 def test_a_damaged_model(
     damage: Callable[[Path], None], tiny_deepseek: Path, tmp_path: Path
 ) -> None:
-    model = shutil.copytree(tiny_deepseek, tmp_path / "model")
+    model = _copy(tiny_deepseek, tmp_path)
     damage(model)
     refused("optimize", model, "-o", tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_one_flipped_bit_in_a_model_with_checksums(tiny_deepseek: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_deepseek, tmp_path / "model")
+    data = bytearray((model / "model.safetensors").read_bytes())
+    data[-1000] ^= 1
+    (model / "model.safetensors").write_bytes(data)
+    assert "model.safetensors" in refused("optimize", model, "-o", tmp_path / "out")
+
+
+def test_a_weight_that_is_not_a_number(tiny_deepseek: Path, tmp_path: Path) -> None:
+    model = _copy(tiny_deepseek, tmp_path)
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.1.mlp.gate.weight"][3, 5] = float("nan")
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    said = refused("optimize", model, "-o", tmp_path / "out")
+    assert "model.layers.1.mlp.gate.weight" in said
+    assert "1 NaN" in said
 
 
 def test_an_output_that_exists(tiny_deepseek: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...ir.plan import Embed
 from .text import fill, storage_type
 
-HEADER = "pool.h"
+HEADER = "simd.h"
 
 
 def symbol(spec: Embed) -> str:

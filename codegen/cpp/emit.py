@@ -84,7 +84,7 @@ def _kind_header(kind: str, kernels: dict[KernelSpec, str]) -> str:
     module = EMITTERS[kind]
     body = "\n".join(module.emit(spec, name) for spec, name in kernels.items())
     about = (module.__doc__ or "").strip().split("\n")[0]
-    return f'// {about}\n#pragma once\n#include "{module.HEADER}"\n\nnamespace mill {{\n\n{body}\n}}  // namespace mill\n'
+    return fill(KIND_HEADER, about=about, header=module.HEADER, body=body)
 
 
 def _step_file(plan: Plan, target: CpuTarget, symbols: dict[KernelSpec, str]) -> str:
@@ -136,14 +136,26 @@ def _argument(plan: Plan, operand: Operand) -> str:
             return f"view<{C_TYPES[buffer.dtype]}>(a, {at}, {buffer.width})"
 
 
+KIND_HEADER = """
+    // $about
+    #pragma once
+    #include "pool.h"
+    #include "$header"
+
+    namespace mill {
+
+    $body
+
+    }  // namespace mill
+"""
 STEP_FILE = """
     // The whole step as one program: what tm_run executes, in order.
     #define TM_VECTOR_BYTES $vector_bytes
     namespace mill {
     constexpr int MAX_ROWS = $max_rows;  // tokens or output rows that a step may carry
     }
-    $includes
     #include "pool.h"
+    $includes
 
     namespace mill {
 

@@ -6,7 +6,7 @@ from ...ir.plan import Norm
 from .expr import literal
 from .text import fill
 
-HEADER = "pool.h"
+HEADER = "simd.h"
 
 
 def symbol(spec: Norm) -> str:

@@ -6,7 +6,7 @@ from ...ir.plan import Pointwise
 from .expr import vector_code
 from .text import fill
 
-HEADER = "pool.h"
+HEADER = "simd.h"
 
 _PARAM = {"row": "Rows<float> in{i}", "scalar": "Rows<float> in{i}", "channel": "const void *in{i}"}
 _LOAD = {

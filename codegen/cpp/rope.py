@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...ir.plan import Rope
 from .text import fill
 
-HEADER = "pool.h"
+HEADER = "simd.h"
 
 
 def symbol(spec: Rope) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...ir.plan import SelectRows
 from .text import fill
 
-HEADER = "pool.h"
+HEADER = "simd.h"
 
 
 def symbol(spec: SelectRows) -> str:

@@ -246,9 +246,8 @@ TM_INLINE vf log1p(vf x) {
 TM_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
 TM_INLINE vf silu(vf x) { return x / (1.0f + exp(-x)); }
 TM_INLINE vf gelu(vf x) { return 0.5f * x * (1.0f + erf(x * 0.707106781186547524f)); }
-TM_INLINE vf gelu_tanh(vf x) {
-  return 0.5f * x * (1.0f + tanh(0.797884560802865356f * (x + 0.044715f * x * x * x)));
-}
+// (1 + tanh u) / 2 = sigmoid(2 u), which keeps the digits that 1 + tanh loses for negative x.
+TM_INLINE vf gelu_tanh(vf x) { return x * sigmoid(1.59576912160573071f * (x + 0.044715f * x * x * x)); }
 TM_INLINE vf softplus(vf x) { return max(x, vf{}) + log1p(exp(-abs(x))); }
 
 // --- bfloat16 ---------------------------------------------------------------------------------------

@@ -15,20 +15,26 @@ from ...errors import BadRecipe
 
 @dataclass(frozen=True)
 class CpuTarget:
-    """``flags`` are the compiler's, ``features`` the words /proc/cpuinfo must list.
+    """``flags`` are those of g++ and clang++, ``features`` the words /proc/cpuinfo must list.
 
-    ``vector_bytes`` is the width of the emitted vectors, ``isa`` what ``tm_isa()`` answers.
+    ``vector_bytes`` is the width of the emitted vectors, ``isa`` what ``tm_isa()`` answers.  The clang
+    of ziglang names processors in its own way, and compiles for any machine.
     """
 
     name: str
     machine: str
     vector_bytes: int
     flags: tuple[str, ...]
+    zig_cpu: str
     features: tuple[str, ...] = ()
 
     @property
     def isa(self) -> str:
         return self.name.removeprefix("cpu-")
+
+    @property
+    def zig_flags(self) -> tuple[str, ...]:
+        return ("-target", f"{self.machine}-linux-gnu", f"-mcpu={self.zig_cpu}")
 
 
 _V3 = ("avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
@@ -38,10 +44,10 @@ _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 TARGETS: dict[str, CpuTarget] = {
     t.name: t
     for t in (
-        CpuTarget("cpu-x86-64-v4", "x86_64", 64, ("-march=x86-64-v4",), _V4),
-        CpuTarget("cpu-x86-64-v3", "x86_64", 32, ("-march=x86-64-v3",), _V3),
-        CpuTarget("cpu-x86-64", "x86_64", 16, ("-march=x86-64",)),
-        CpuTarget("cpu-aarch64", "aarch64", 16, ("-march=armv8-a",)),
+        CpuTarget("cpu-x86-64-v4", "x86_64", 64, ("-march=x86-64-v4",), "x86_64_v4", _V4),
+        CpuTarget("cpu-x86-64-v3", "x86_64", 32, ("-march=x86-64-v3",), "x86_64_v3", _V3),
+        CpuTarget("cpu-x86-64", "x86_64", 16, ("-march=x86-64",), "x86_64"),
+        CpuTarget("cpu-aarch64", "aarch64", 16, ("-march=armv8-a",), "generic"),
     )
 }
 _ALIASES = {"amd64": "x86_64", "arm64": "aarch64"}

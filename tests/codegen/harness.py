@@ -212,7 +212,7 @@ class Kernels:
         ints = [t.int().contiguous() for t in (ids, *batch[:1], rows, *batch[1:])]
         ids, positions, rows, starts, table = ints
         args = Args(
-            len(positions), len(starts) - 1, len(rows), table.shape[1] if table.dim() == 2 else 0,
+            len(positions), len(starts) - 1, len(rows), table.shape[1],
             ids.data_ptr(), positions.data_ptr(), rows.data_ptr(), starts.data_ptr(), table.data_ptr(),
             ctypes.cast(weights, ctypes.c_void_p), ctypes.cast(caches, ctypes.c_void_p),
             self.arena.data_ptr(), self.pool(threads)[1].data_ptr(),
@@ -280,8 +280,12 @@ def batch_of(*sequences: tuple[int, int]) -> Batch:
         starts.append(starts[-1] + new)
         tables.append([next(pages) for _ in range(-(-(past + new) // PAGE))])
     width = max((len(t) for t in tables), default=0) + 1
-    table = torch.tensor([t + [-1] * (width - len(t)) for t in tables] or [[-1]], dtype=torch.int32)
-    return Batch(torch.tensor(positions, dtype=torch.int32), torch.tensor(starts, dtype=torch.int32), table)
+    rows = [table + [-1] * (width - len(table)) for table in tables]
+    return Batch(
+        torch.tensor(positions, dtype=torch.int32),
+        torch.tensor(starts, dtype=torch.int32),
+        torch.tensor(rows, dtype=torch.int32).view(len(rows), width),
+    )
 
 
 def inputs_of(kernels: Kernels, spec: KernelSpec, batch: Batch, seed: int = 0) -> dict[str, Tensor]:

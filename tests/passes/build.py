@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from tokenmill.codegen import reference
+from tokenmill.ir import cache as kv
+from tokenmill.ir.ops import dump_router
+from tokenmill.ir.plan import DTYPE_BYTES, Extern, Plan, Step, gqa_cache, latent_cache
+from tokenmill.ir.program import Program, Stage, Weights
+from tokenmill.ir.router import RouterSpec
+from tokenmill.passes.base import Pass
+from tokenmill.passes.memory import lifetimes
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import (
@@ -14,15 +23,6 @@ from torch.fx.experimental.symbolic_shapes import (
     ShapeEnv,
     StatelessSymbolicContext,
 )
-
-from tokenmill.codegen import reference
-from tokenmill.ir import cache as kv
-from tokenmill.ir.ops import dump_router
-from tokenmill.ir.plan import DTYPE_BYTES, Plan, Step, gqa_cache, latent_cache
-from tokenmill.ir.program import Program, Stage, Weights
-from tokenmill.ir.router import RouterSpec
-from tokenmill.passes.base import Pass
-from tokenmill.passes.memory import lifetimes
 
 aten, mill = torch.ops.aten, torch.ops.tokenmill
 LENGTHS = (1, 2, 7, 65)
@@ -141,7 +141,7 @@ class Builder:
         return self.linear(inner, f"{self.path}.down_proj", HIDDEN)
 
     def experts(self, x: fx.Node) -> fx.Node:
-        """4 experts of 5, 2 of them per token; as in Hugging Face, on tokens without a batch dim."""
+        """4 experts of 5, of which tokens choose 2; as in Hugging Face, without a batch dim."""
         spec = dump_router(RouterSpec(2, "sigmoid", bias=True, groups=2, scale=1.5))
         flat = self.view(x, -1, HIDDEN)
         logits = self.linear(flat, f"{self.path}.router", 4)
@@ -259,7 +259,7 @@ def run_placed(plan: Plan, program: Program, ids: Sequence[int], rows: Sequence[
     return _execute(plan, program, ids, rows, poison, values)
 
 
-_DTYPES = {"f32": torch.float32, "i32": torch.int32}
+_DTYPES = {"f32": torch.float32, "i32": torch.int32, "bool": torch.bool}
 
 
 def _execute(
@@ -279,7 +279,8 @@ def _execute(
     values |= {k: getattr(batch, k) for k in ("positions", "starts", "block_table")}
     for index, step in enumerate(plan.steps):
         operands = {p: _view(plan, step, p, values, len(ids), len(rows)) for p in step.spec.params}
-        for name, value in reference.run(step.spec, operands, batch).items():
+        run = _run_extern if isinstance(step.spec, Extern) else reference.run
+        for name, value in run(step.spec, operands, batch).items():
             operands[name].copy_(value)
         after(index, values)
     return values[plan.output]
@@ -295,6 +296,33 @@ def _view(
     if buffer.name not in values:
         count = {"tokens": tokens, "rows": rows, "fixed": 1}[buffer.rows]
         values[buffer.name] = torch.zeros(count, buffer.width, dtype=_DTYPES[buffer.dtype])
-    width = reference.operand_width(step.spec, param) or buffer.width
+    whole = buffer.width - operand.column
+    width = 1 if param == "index" else reference.operand_width(step.spec, param) or whole
     assert operand.column + width <= buffer.width
     return values[buffer.name][:, operand.column : operand.column + width]
+
+
+def _run_extern(spec: Extern, operands: dict[str, Tensor], batch: kv.Batch) -> dict[str, Tensor]:
+    """What the docstring of ``plan.Extern`` says."""
+    out = operands["out"]
+
+    def value(data: Any) -> Any:
+        match data:
+            case {"operand": name, "columns": columns, "shape": shape, "dtype": dtype}:
+                x = operands[name]
+                x = x[:, :columns] if x.dim() == 2 and x.shape[0] == out.shape[0] else x
+                return x.reshape(shape).to(getattr(torch, dtype))
+            case {"size": "tokens" | "rows", "times": times}:
+                return times * out.shape[0]
+            case {"dtype": name}:
+                return getattr(torch, name)
+            case list():
+                return [value(v) for v in data]
+        return data
+
+    call = json.loads(spec.args)
+    namespace, name, overload = spec.op.split(".")
+    op = getattr(getattr(getattr(torch.ops, namespace), name), overload)
+    result = op(*value(call["args"]), **{k: value(v) for k, v in call["kwargs"].items()})
+    result = result if spec.item < 0 else result[spec.item]
+    return {"out": result.reshape(out.shape)}

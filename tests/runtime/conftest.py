@@ -119,7 +119,7 @@ class FakeModel:
         arena = [("h", "tokens", 2, 0), ("g", "tokens", 1, 512), ("logits", "rows", 272, 768)]
         inputs = ["ids", "positions", "rows", "starts", "block_table"]
         third = {"kind": "pointwise"} if extern is None else {"kind": "extern", **extern}
-        bind = {"x": ["h", 1], "ids": ["ids", 0], "w": ["bias", 0], "out": ["g", 0]}
+        bind = {"x": ["h", 1], "h": ["h", 0], "ids": ["ids", 0], "w": ["bias", 0], "out": ["g", 0]}
         return {
             "version": 1,
             "capacity": {"tokens": tokens, "rows": rows},
@@ -215,10 +215,9 @@ def model_dir(fake, tmp_path_factory):
 
 @pytest.fixture
 def extern_step():
-    """The third step as torch runs it: 3 x, with every form of argument."""
+    """The third step of the fake model as one that torch runs."""
 
-    def make(args, kwargs=None, op="aten.mul.Tensor"):
-        call = json.dumps({"args": args, "kwargs": kwargs or {}})
-        return {"op": op, "args": call}
+    def make(op, args, kwargs=None, item=-1):
+        return {"op": op, "args": json.dumps({"args": args, "kwargs": kwargs or {}}), "item": item}
 
     return make

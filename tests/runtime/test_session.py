@@ -186,16 +186,22 @@ def test_the_longest_allowed_prompt_and_logits(session, fake):
         session.logits([])
 
 
+def operand(name, shape, columns=1, dtype="float32"):
+    return {"operand": name, "columns": columns, "shape": shape, "dtype": dtype}
+
+
+X = operand("x", [1, -1, 1])
+
+
 @pytest.mark.parametrize(
-    ("args", "kwargs", "op"),
+    ("op", "args", "options"),
     [
-        ([{"operand": "x"}, 3.0], {}, "aten.mul.Tensor"),
-        ([{"operand": "x", "shape": [1, -1, 1]}, 3.0], {}, "aten.mul.Tensor"),
-        ([{"operand": "x"}, {"operand": "x"}], {"alpha": 2}, "aten.add.Tensor"),
+        ("aten.mul.Tensor", [X, 3.0], {}),
+        ("aten.add.Tensor", [X, operand("x", [-1, 1], dtype="float64")], {"kwargs": {"alpha": 2}}),
     ],
 )
-def test_extern_steps_run_in_torch(fake, tmp_path, extern_step, args, kwargs, op):
-    path = fake.write(tmp_path / "m", extern=extern_step(args, kwargs, op))
+def test_extern_steps_run_in_torch(fake, tmp_path, extern_step, op, args, options):
+    path = fake.write(tmp_path / "m", extern=extern_step(op, args, **options))
     with Session(path, threads=1) as session:
         prompts = prompts_of([1, 40, 70])
         got = [g.tokens for g in session.generate(prompts, max_new_tokens=9)]
@@ -203,30 +209,37 @@ def test_extern_steps_run_in_torch(fake, tmp_path, extern_step, args, kwargs, op
     assert got == [fake.greedy(prompt, 9) for prompt in prompts]
 
 
-def extern_column(fake, path, step, tokens):
-    """Column ``g`` of the fake model after an extern step, read back from the arena."""
-    with Session(fake.write(path, extern=step), threads=1) as session:
-        session.logits(tokens)
-        arena = session._executor._arena
-        return arena.tensor("g", len(tokens)).array[:, 0].tolist()
+IDS = operand("ids", [1, -1], dtype="int64")
+BIAS = operand("w", [259], columns=259)
+BIASES = [3 * 37 % 101 / 64, 5 * 37 % 101 / 64]
+BOOL = {"kwargs": {"dtype": {"dtype": "bool"}}}
 
 
-def test_extern_arguments_of_every_kind(fake, tmp_path, extern_step):
-    ids = {"operand": "ids"}
-    weight = extern_step([{"operand": "w"}, 0, ids], op="aten.index_select.default")
-    assert extern_column(fake, tmp_path / "w", weight, [3, 5]) == fake.bias[[3, 5]].tolist()
-    joined = extern_step([[ids, ids], 0], op="aten.cat.default")
-    halves = extern_step([{"operand": "ids", "shape": [1, -1]}, 1], op="aten.cumsum.default")
-    assert extern_column(fake, tmp_path / "s", halves, [3, 5]) == [3, 8]
-    with pytest.raises(RuntimeError):  # twice as many values as the column has
-        extern_column(fake, tmp_path / "c", joined, [3, 5])
-    size, dtype = {"size": "tokens"}, {"dtype": "float64"}
-    full = extern_step([[size, 1], 6.0], {"dtype": dtype}, "aten.full.default")
-    assert extern_column(fake, tmp_path / "f", full, [3, 5]) == [6, 6]
+@pytest.mark.parametrize(
+    ("op", "args", "options", "column"),
+    [
+        ("aten.cumsum.default", [IDS, 1], {}, [3, 8]),
+        ("aten.index_select.default", [BIAS, 0, operand("ids", [-1], dtype="int32")], {}, BIASES),
+        ("aten.full.default", [[{"size": "tokens", "times": 1}, 1], 6.0], {}, [6, 6]),
+        ("aten.ones.default", [[{"size": "tokens", "times": 1}]], BOOL, [1, 1]),
+        ("aten.max.dim", [operand("h", [-1, 2], columns=2), 1], {"item": 1}, [1, 1]),
+    ],
+)
+def test_extern_arguments_of_every_kind(fake, tmp_path, extern_step, op, args, options, column):
+    path = fake.write(tmp_path / "m", extern=extern_step(op, args, **options))
+    with Session(path, threads=1) as session:
+        session.logits([3, 5])
+        assert session._executor._arena.tensor("g", 2).array[:, 0].tolist() == column
+
+
+def test_a_result_that_does_not_fit_its_place_is_not_written(fake, tmp_path, extern_step):
+    path = fake.write(tmp_path / "m", extern=extern_step("aten.cat.default", [[IDS, IDS], 0]))
+    with Session(path, threads=1) as session, pytest.raises(RuntimeError):
+        session.logits([3, 5])
 
 
 def test_an_operator_that_torch_lacks_is_named(fake, tmp_path, extern_step):
-    path = fake.write(tmp_path / "m", extern=extern_step([], op="aten.not_there.default"))
+    path = fake.write(tmp_path / "m", extern=extern_step("aten.not_there.default", []))
     with pytest.raises(errors.Unsupported, match=r"no operator aten\.not_there(?s:.*)layer 2"):
         Session(path, threads=1)
 
