@@ -40,11 +40,16 @@ class Progress(Protocol):
 
 @dataclass
 class Compiled:
-    """What a compile yields; ``facts`` is what the report says, ``path`` where it was written."""
+    """What a compile yields.
+
+    ``facts`` is what the report says, ``sources`` the kernels by file, ``graphs`` the graph's text by
+    stage, ``path`` where the artifact was written.
+    """
 
     plan: Plan
     facts: dict[str, Any]
     sources: dict[str, str] = field(repr=False)
+    graphs: dict[str, str] = field(repr=False)
     path: Path | None = None
 
 
@@ -95,7 +100,7 @@ def optimize(
     facts = recorder.facts(program, plan, passes, recipe, [t.name for t in targets])
     flat = {f"kernels/{t}/{n}": text for t, files in sources.items() for n, text in files.items()}
     if dry_run:
-        return Compiled(plan, facts, flat)
+        return Compiled(plan, facts, flat, recorder.graphs)
 
     assert output is not None
     with ArtifactWriter(output, force) as writer:
@@ -112,13 +117,15 @@ def optimize(
             writer.copy(f"tokenizer/{file.name}", file)
         writer.text("report.html", render(_timeless(facts), flat))
         writer.describe(
-            targets=[Target(t.name, f"kernels/{t.name}", t.features, machine=t.machine) for t in targets],
+            targets=[
+                Target(t.name, f"kernels/{t.name}", t.features, machine=t.machine) for t in targets
+            ],
             tokenmill=__version__,
             toolchain={"cpu": toolchain(), "torch": torch.__version__},
             recipe=recipe.dump(),
             report=_timeless(facts),
         )
-    return Compiled(plan, facts, flat, Path(output))
+    return Compiled(plan, facts, flat, recorder.graphs, Path(output))
 
 
 def load(path: str | os.PathLike[str], **options: Any) -> Session:

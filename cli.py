@@ -1,9 +1,9 @@
 """The command line: ``tokenmill optimize | run | eval | inspect | verify | doctor``.
 
 A command prints for people, or with ``--json`` exactly one JSON object, on standard output;
-progress, logs and errors go to standard error.  Exit status: 0 done, 1 a defect of tokenmill, 2 bad
-input (with the remedy), 130 interrupted.  What needs torch is imported by the commands that need
-it, so that ``run`` and ``--help`` start at once.
+progress, logs and errors go to standard error.  Exit status: 0 done, 1 a defect of tokenmill (or of
+the kernels, for ``verify``), 2 bad input (with the remedy), 130 interrupted.  What needs torch is
+imported by the commands that need it, so that ``run`` and ``--help`` start at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from .console import answering, facts_view, pairs, progress_bars
+from .console import answering, facts_view, pairs, progress_bar
 from .errors import BadRequest
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def optimize(
         wanted = _recipe(recipe, weights=weights, kv=kv, targets=target)
         from . import api
 
-        with progress_bars() as progress:
+        with progress_bar() as progress:
             compiled = api.optimize(
                 model,
                 None if dry_run else output,
@@ -195,7 +195,7 @@ def eval_(
         from .runtime import Session
 
         words = read_text(text)
-        with Session(directory) as session, progress_bars() as progress:
+        with Session(directory) as session, progress_bar() as progress:
             original = None
             if against is not None:
                 from . import api
@@ -223,7 +223,7 @@ def inspect(
     runs without writing anything.
     """
     with answering(as_json) as answer:
-        with progress_bars() as progress:
+        with progress_bar() as progress:
             found = _look_into(subject, trust_remote_code, progress)
         answer.data = _public(found.facts)
         answer.shown = facts_view(found.facts)

@@ -59,8 +59,8 @@ def _complain(error: TokenmillError) -> None:
 
 
 @contextmanager
-def progress_bars() -> Iterator[Progress | None]:
-    """A callback that draws a bar for each thing done; None where nobody would see them."""
+def progress_bar() -> Iterator[Progress | None]:
+    """A callback that draws a bar of what is being done; None where nobody would see it."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield None
@@ -71,13 +71,11 @@ def progress_bars() -> Iterator[Progress | None]:
         progress.MofNCompleteColumn(),
         progress.TimeElapsedColumn(),
     )
-    with progress.Progress(*columns, console=console) as bars:
-        tasks: dict[str, Any] = {}
+    with progress.Progress(*columns, console=console, transient=True) as bars:
+        task = bars.add_task("start", total=None)
 
         def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what)
-            bars.update(tasks[what], completed=done, total=total)
+            bars.update(task, description=what, completed=done, total=total)
 
         yield report
 

@@ -55,7 +55,12 @@ class Recorder:
             self._before = layer_graph(program)
 
     def facts(
-        self, program: Program, plan: Plan, passes: Sequence[Pass], recipe: Recipe, targets: list[str]
+        self,
+        program: Program,
+        plan: Plan,
+        passes: Sequence[Pass],
+        recipe: Recipe,
+        targets: list[str],
     ) -> dict[str, Any]:
         """Everything the report says; see README for the meaning of each key."""
         decisions = next((p.decisions for p in passes if isinstance(p, Quantize)), [])
@@ -119,7 +124,12 @@ def _bytes(buffer: plans.Buffer) -> int:
 def _kernels(plan: Plan) -> list[dict[str, Any]]:
     uses = Counter(s.spec for s in plan.steps)
     return [
-        {"symbol": EMITTERS[spec.kind].symbol(spec), "kind": spec.kind, "steps": n, "spec": plans.dump_spec(spec)}
+        {
+            "symbol": EMITTERS[spec.kind].symbol(spec),
+            "kind": spec.kind,
+            "steps": n,
+            "spec": plans.dump_spec(spec),
+        }
         for spec, n in uses.items()
         if not isinstance(spec, plans.Extern)
     ]
@@ -142,7 +152,11 @@ _LAYER = re.compile(r"^(?P<list>(?:.*\.)?[A-Za-z_]\w*)\.(?P<index>\d+)(?:\.|$)")
 def op_label(node: fx.Node) -> str:
     """``linear``, ``rms_norm``: the op without namespace and overload."""
     packet = getattr(node.target, "overloadpacket", None)
-    return packet.__name__ if packet is not None else getattr(node.target, "__name__", str(node.target))
+    return (
+        packet.__name__
+        if packet is not None
+        else getattr(node.target, "__name__", str(node.target))
+    )
 
 
 def graph_text(program: Program) -> str:

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from tokenmill import Recipe, Session, optimize
 from tokenmill.api import original
 
@@ -31,7 +30,9 @@ def main() -> None:
     model = original(options.model)
     with tempfile.TemporaryDirectory() as directory:
         compiled = optimize(
-            options.model, Path(directory) / "a", recipe=Recipe(weights=options.weights, kv=options.kv)
+            options.model,
+            Path(directory) / "a",
+            recipe=Recipe(weights=options.weights, kv=options.kv),
         )
         with Session(compiled.path, threads=options.threads) as session:
             result = measure(session, model, compiled.facts, options)
@@ -68,7 +69,9 @@ def measure(
             times["transformers"].append(theirs)
     median = {name: statistics.median(t) for name, t in times.items()}
     bandwidth = read_bandwidth()
-    step_bytes = facts["bytes"]["weights"] * facts["parameters"]["active"] / facts["parameters"]["total"]
+    step_bytes = (
+        facts["bytes"]["weights"] * facts["parameters"]["active"] / facts["parameters"]["total"]
+    )
     return {
         "benchmark": "decode, batch 1",
         "model": facts["model"]["name"],

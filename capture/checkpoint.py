@@ -121,7 +121,9 @@ def _config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():
         empty = not any(path.iterdir())
-        raise NotAModel(path=str(path), reason="it is empty" if empty else "there is no config.json")
+        raise NotAModel(
+            path=str(path), reason="it is empty" if empty else "there is no config.json"
+        )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -155,11 +157,15 @@ def _shards(path: Path) -> Iterator[Path]:
         pickled = sorted(f.name for pattern in _PICKLED for f in path.glob(pattern))
         reason = "no *.safetensors file"
         if pickled:
-            reason = f"only pickled weights ({pickled[0]}), which tokenmill never opens: convert them"
+            reason = (
+                f"only pickled weights ({pickled[0]}), which tokenmill never opens: convert them"
+            )
         raise WeightsMissing(path=str(path), reason=reason)
     for name in names:
         if Path(name).name != name:
-            raise WeightsDamaged(file=str(index), reason=f"shard {name!r} lies outside the directory")
+            raise WeightsDamaged(
+                file=str(index), reason=f"shard {name!r} lies outside the directory"
+            )
         if not (path / name).is_file():
             raise WeightsMissing(path=str(path), reason=f"{name} is not there")
         yield path / name

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Unsupported
-from ..ir import expr, ops  # noqa: F401  (registers the dialect)
+from ..ir import expr, ops
 from ..ir.program import Program
 from .module import capture
 
@@ -67,9 +67,8 @@ def capture_pretrained(model: Any, name: str) -> Program:
 
 def _refuse_value_dependent_rope(config: Any) -> None:
     rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {rope.get("rope_type")} | {
-        v.get("rope_type") for v in rope.values() if isinstance(v, dict)
-    }
+    nested = [v for v in rope.values() if isinstance(v, dict)]
+    kinds = {str(r.get("rope_type")) for r in (rope, *nested)}
     if bad := kinds & {"dynamic", "longrope"}:
         raise Unsupported(
             reason=f"RoPE of type {sorted(bad)[0]!r} chooses its frequencies by the sequence's length",

@@ -36,6 +36,7 @@ FLAGS = (
     "-fno-trapping-math",
     "-ffp-contract=fast",
     "-Wno-psabi",
+    "-nostdinc++",  # the sources use C headers only, and the library needs libc alone
     "-pthread",
     "-Wl,--build-id=none",
 )
@@ -49,9 +50,9 @@ def compiler() -> tuple[str, ...]:
     for name in ("g++", "clang++"):
         if path := shutil.which(name):
             return (path,)
-    if find_spec("ziglang") is not None:
-        return (sys.executable, "-m", "ziglang", "c++")
-    raise CompilerMissing(tried="CXX, g++, clang++, python -m ziglang c++")
+    if find_spec("ziglang") is not None:  # "c++" would first build libc++, for minutes
+        return (sys.executable, "-m", "ziglang", "cc", "-x", "c++")
+    raise CompilerMissing(tried="CXX, g++, clang++, python -m ziglang cc")
 
 
 def _is_zig(command: Sequence[str]) -> bool:
@@ -62,7 +63,7 @@ def _is_zig(command: Sequence[str]) -> bool:
 def toolchain() -> str:
     """Name and version of the compiler, for the manifest."""
     command = compiler()
-    name = "zig c++" if _is_zig(command) else Path(command[0]).name
+    name = "zig cc" if _is_zig(command) else Path(command[0]).name
     try:
         done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:

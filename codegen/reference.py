@@ -106,7 +106,7 @@ def operand_width(spec: KernelSpec, param: str) -> int:
             return spec.heads * spec.head_dim
         case Pointwise(), str(p) if p != "out" and spec.inputs[int(p[1:])] == "scalar":
             return 1
-        case (Embed() | SelectRows() | Pointwise()), _:
+        case ((Embed() | SelectRows() | Pointwise()), _):
             return spec.width
         case CacheWrite(), str(p) if p != "cache":
             return spec.parts[int(param[1:])].width

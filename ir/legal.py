@@ -60,13 +60,17 @@ def verify(program: Program, pass_name: str) -> None:
 def _problems(
     program: Program, node: fx.Node, seen: set[fx.Node], forbidden: dict[Any, str]
 ) -> list[str]:
-    problems = [f"{a.name} is used before it is computed" for a in node.all_input_nodes if a not in seen]
+    problems = [
+        f"{a.name} is used before it is computed" for a in node.all_input_nodes if a not in seen
+    ]
     if node.op == "get_attr":
         problems += _weight_problems(program, node)
     elif node.op == "call_function":
         target = getattr(node.target, "overloadpacket", node.target)
         if target in forbidden:
-            problems.append(f"{node.target} is not legal at {program.stage.name}: use {forbidden[target]}")
+            problems.append(
+                f"{node.target} is not legal at {program.stage.name}: use {forbidden[target]}"
+            )
         if "val" not in node.meta:
             problems.append("the node has no shape")
     elif node.op not in ("placeholder", "output"):

@@ -157,7 +157,9 @@ def dequantize(parts: list[Tensor], format: str, k: int) -> Tensor:
     >>> dequantize([torch.tensor([[2]], dtype=torch.int8), torch.tensor([0.5])], "int8", 1).tolist()
     [[1.0]]
     """
-    return quant.dequantize(_parts(format, parts), quant.parse(format), k)
+    values = quant.dequantize(_parts(format, parts), quant.parse(format), k)
+    # The fp32 format is its own value, and an op must not return its argument.
+    return values.clone() if values is parts[0] else values
 
 
 @op(
@@ -256,8 +258,8 @@ def attention(
     >>> attention(one, one, torch.tensor([[[2.0]], [[4.0]]]), None, 1.0, 0, 0.0).flatten().tolist()
     [2.0, 3.0]
     """
-    flat = [t.reshape(-1, *t.shape[-2:]) for t in (q, k, v)]
-    out = _scores_to_output(*flat, 0, sinks, scale, window, softcap)
+    queries, keys, values = (t.reshape(-1, *t.shape[-2:]) for t in (q, k, v))
+    out = _scores_to_output(queries, keys, values, 0, sinks, scale, window, softcap)
     return out.reshape(*q.shape[:-1], v.shape[-1])
 
 

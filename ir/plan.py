@@ -406,13 +406,14 @@ def dump_spec(spec: KernelSpec) -> dict[str, Any]:
 
 
 def load_spec(data: Mapping[str, Any]) -> KernelSpec:
-    fields = {k: v for k, v in data.items() if k != "kind"}
+    fields: dict[str, Any] = {k: v for k, v in data.items() if k != "kind"}
     cls = KINDS[data["kind"]]
     if cls is Route:
         fields["router"] = RouterSpec(**fields["router"])
     if cls is CacheWrite:
         fields["parts"] = [Part(**p) for p in fields["parts"]]
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    return cls(**values)
 
 
 def dump(plan: Plan) -> dict[str, Any]:

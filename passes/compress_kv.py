@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import fx
 
@@ -24,21 +25,16 @@ class CompressKV(Pass):
     def run(self, program: Program) -> int:
         matches = 0
         for node in calls(program, mill.attention):
-            match = _match(node)
-            if match is None:
+            if (match := _match(node)) is None:
                 continue
-            keys, values, rotary = match
             q, scale = node.args[0], node.args[4]
-            heads, nope = (int(s) for s in shape(keys)[-2:])
             with program.graph.inserting_before(node):
-                up = _per_head(program, _projection(keys), heads, nope, "w_uk")
-                down = _per_head(
-                    program, _projection(values), heads, int(shape(values)[-1]), "w_uv"
-                )
-                latent = _flat(program, _projection(keys).args[0])
+                up = _per_head(program, match.keys, match.heads, "w_uk")
+                down = _per_head(program, match.values, match.heads, "w_uv")
+                latent = _flat(program, match.keys.args[0])
                 new = program.call(
-                    mill.latent_attention.default, q, latent, _flat(program, rotary), [up], [down],
-                    "fp32", scale, like=node,
+                    mill.latent_attention.default, q, latent, _flat(program, match.rotary), [up],
+                    [down], "fp32", scale, like=node,
                 )  # fmt: skip
             replace(program, node, new)
             matches += 1
@@ -46,21 +42,32 @@ class CompressKV(Pass):
         return matches
 
 
-def _match(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
-    """(keys without rotary part, values, shared rotary key) if both come from one latent that is smaller."""
-    _, k, v, sinks, _, window, softcap = node.args
+class _Match(NamedTuple):
+    """Linears of one latent that make keys and values, and the rotary key that all heads share."""
+
+    keys: fx.Node
+    values: fx.Node
+    rotary: fx.Node
+    heads: int
+
+
+def _match(node: fx.Node) -> _Match | None:
+    """The parts of an attention over one latent, if caching that is smaller."""
+    q, k, v, sinks, _, window, softcap = node.args
     if sinks is not None or window or softcap or not is_call(k, aten.cat) or len(k.args[0]) != 2:
         return None
-    keys, expanded = k.args[0]
-    if not is_call(expanded, aten.expand) or not _projection(keys) or not _projection(v):
+    unrotated, expanded = k.args[0]
+    keys, values = _projection(unrotated), _projection(v)
+    if keys is None or values is None or not is_call(expanded, aten.expand):
         return None
-    from_keys, from_values = (_strip(_projection(t).args[0]) for t in (keys, v))
-    if from_keys is not from_values or shape(k)[-2] != shape(node.args[0])[-2]:
+    latent = _strip(keys.args[0])
+    if latent is not _strip(values.args[0]) or shape(k)[-2] != shape(q)[-2]:
         return None
     heads, width = (int(s) for s in shape(k)[-2:])
-    latent, rotary = int(shape(from_keys)[-1]), int(shape(expanded)[-1])
-    smaller = latent + rotary < heads * (width + int(shape(v)[-1]))
-    return (keys, v, expanded.args[0]) if smaller else None
+    cached = int(shape(latent)[-1]) + int(shape(expanded)[-1])
+    if cached >= heads * (width + int(shape(v)[-1])):
+        return None
+    return _Match(keys, values, expanded.args[0], heads)
 
 
 def _projection(node: fx.Node) -> fx.Node | None:
@@ -75,12 +82,12 @@ def _strip(node: fx.Node) -> fx.Node:
     return node
 
 
-def _per_head(program: Program, linear: fx.Node, heads: int, width: int, kind: str) -> fx.Node:
+def _per_head(program: Program, linear: fx.Node, heads: int, kind: str) -> fx.Node:
     """The projection's weight as ``[heads, width, latent]``."""
     source = linear.args[1].target
     name = f"{source}.{kind}"
     if name not in program.weights:
-        program.weights.derive(name, lambda w: w.reshape(heads, width, -1).contiguous(), source)
+        program.weights.derive(name, lambda w: w.unflatten(0, (heads, -1)).contiguous(), source)
     return program.weight(name)
 
 

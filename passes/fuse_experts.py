@@ -13,11 +13,16 @@ from ..ir.program import Program, is_weight, shape
 from .base import Pass, ancestors, aten, calls, is_call, mill, replace, sweep
 from .region import Region
 
-_ACTIVATIONS = tuple(
-    f"{fn}(acc{a}){rest}"
-    for fn in ("silu", "gelu", "gelu_tanh", "relu", "sigmoid", "tanh")
-    for a, rest in ((0, " * acc1"), (1, " * acc0"), (0, ""))
-) + ("square(relu(acc0))", "square(relu(acc0)) * acc1", "square(relu(acc1)) * acc0")
+_ACTIVATIONS = (
+    *(
+        f"{fn}(acc{a}){rest}"
+        for fn in ("silu", "gelu", "gelu_tanh", "relu", "sigmoid", "tanh")
+        for a, rest in ((0, " * acc1"), (1, " * acc0"), (0, ""))
+    ),
+    "square(relu(acc0))",
+    "square(relu(acc0)) * acc1",
+    "square(relu(acc1)) * acc0",
+)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -51,11 +52,11 @@ def _spelled_out(node: fx.Node) -> _Match | None:
     return None if core is None or weighed else (mill.rms_norm.default, core[0], (None,), core[1])
 
 
-def _normalized(node: object) -> tuple[fx.Node, float] | None:
+def _normalized(node: Any) -> tuple[fx.Node, float] | None:
     """(x, eps) of x * rsqrt(mean(x^2, -1, keepdim) + eps)."""
     if not is_call(node, aten.mul):
         return None
-    for x, factor in (node.args, reversed(node.args)):  # type: ignore[union-attr]
+    for x, factor in (node.args, reversed(node.args)):
         if not is_call(factor, aten.rsqrt) or not is_call(total := factor.args[0], aten.add):
             continue
         mean, eps = total.args
@@ -69,14 +70,14 @@ def _normalized(node: object) -> tuple[fx.Node, float] | None:
     return None
 
 
-def _squares(node: object, x: object) -> bool:
+def _squares(node: Any, x: Any) -> bool:
     if is_call(node, aten.pow):
-        return node.args == (x, 2)  # type: ignore[union-attr]
+        return node.args == (x, 2)
     return (
-        is_call(node, aten.square)
-        and node.args[0] is x
-        or (  # type: ignore[union-attr]
-            is_call(node, aten.mul) and node.args == (x, x)  # type: ignore[union-attr]
+        (is_call(node, aten.square)
+        and node.args[0] is x)
+        or (
+            is_call(node, aten.mul) and node.args == (x, x)
         )
     )
 

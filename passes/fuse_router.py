@@ -6,6 +6,7 @@ import itertools
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import get_args, get_type_hints
 
 import torch
 from torch import Tensor, fx
@@ -17,6 +18,9 @@ from .base import Pass, ancestors, aten, calls, is_call, mill, sweep
 from .region import Region
 
 _PROBES = 256
+_SCORES = get_args(get_type_hints(RouterSpec)["score"])
+_AFTER = get_args(get_type_hints(RouterSpec)["after"])
+_GROUP_SCORES = get_args(get_type_hints(RouterSpec)["group_score"])
 
 
 @dataclass
@@ -102,8 +106,8 @@ def _candidates(
     groups = [(1, 1)] + [(g, k) for g in sorted(grouped) if g > 1 for k in sorted(tops) if k <= g]
     epsilon = min((c for c in _constants(region) if 0 < c < 1e-6), default=0.0)
     for score, after, renormalize, (count, kept), best in itertools.product(
-        ("softmax", "sigmoid", "sqrt_softplus", "identity"), ("identity", "softmax", "sigmoid"),
-        (False, True), groups, ("top2", "max"),
+        _SCORES, _AFTER,
+        (False, True), groups, _GROUP_SCORES,
     ):  # fmt: skip
         if count == 1 and best == "max":
             continue

@@ -344,7 +344,7 @@ def _angle_tables(
     if key not in tables:
         positions = program.input("positions")
         with program.graph.inserting_before(_after_inputs(program)):
-            tables[key] = tuple(  # type: ignore[assignment]
+            tables[key] = tuple(
                 program.call(
                     mill.embed.default, [_table(program, names, columns, kind)], positions, "fp32",
                     like=found.tables[0],

@@ -127,8 +127,7 @@ def _involves(size: Any, symbol: str) -> bool:
 
 def _dims_argument(node: fx.Node) -> list[int] | None:
     """The dims that the op works along; None: all of them."""
-    schema = [a for a in node.target._schema.arguments]
-    for i, argument in enumerate(schema):
+    for i, argument in enumerate(node.target._schema.arguments):
         if argument.name not in ("dim", "dims"):
             continue
         value = node.args[i] if i < len(node.args) else node.kwargs.get(

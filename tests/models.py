@@ -85,7 +85,10 @@ def eager(model: nn.Module, ids: list[int]) -> Tensor:
 class Expert(nn.Module):
     def __init__(self, hidden: int, inter: int) -> None:
         super().__init__()
-        self.gate, self.up = nn.Linear(hidden, inter, bias=False), nn.Linear(hidden, inter, bias=False)
+        self.gate, self.up = (
+            nn.Linear(hidden, inter, bias=False),
+            nn.Linear(hidden, inter, bias=False),
+        )
         self.down = nn.Linear(inter, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,7 +128,8 @@ class Attention(nn.Module):
         batch, tokens, hidden = x.shape
         sizes = [self.heads * self.dim, self.heads_kv * self.dim, self.heads_kv * self.dim]
         q, k, v = (
-            t.view(batch, tokens, -1, self.dim).transpose(1, 2) for t in self.qkv(x).split(sizes, -1)
+            t.view(batch, tokens, -1, self.dim).transpose(1, 2)
+            for t in self.qkv(x).split(sizes, -1)
         )
         q, k = (rotate(t, cos, sin) for t in (q, k))
         k, v = (t.repeat_interleave(self.heads // self.heads_kv, 1) for t in (k, v))
@@ -141,7 +145,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class HandWritten(nn.Module):
     """A decoder that owes nothing to transformers."""
 
-    def __init__(self, vocab: int = 97, hidden: int = 64, heads: int = 4, positions: int = 256) -> None:
+    def __init__(
+        self, vocab: int = 97, hidden: int = 64, heads: int = 4, positions: int = 256
+    ) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocab, hidden)
         self.blocks = nn.ModuleList(

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
-
 from tokenmill import Recipe, Session, optimize
+from torch import Tensor, nn
 
 from .models import CONFIGS, eager, hand_written, pretrained
 

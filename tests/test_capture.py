@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
-
 from tokenmill.capture.huggingface import capture_pretrained
 from tokenmill.capture.module import capture
 from tokenmill.errors import Unsupported
@@ -15,6 +13,7 @@ from tokenmill.ir.router import RouterSpec
 from tokenmill.passes.lower import lower
 from tokenmill.passes.pipeline import pipeline, run_passes
 from tokenmill.recipe import Recipe
+from torch import Tensor, nn
 
 from .models import CONFIGS, VOCAB, eager, hand_written, pretrained
 
@@ -49,7 +48,9 @@ def compiled(request: pytest.FixtureRequest) -> tuple[str, nn.Module, Program, d
     return request.param, model, program, {r.name: r.matches for r in results}
 
 
-def test_every_pass_keeps_the_model(compiled: tuple[str, nn.Module, Program, dict[str, int]]) -> None:
+def test_every_pass_keeps_the_model(
+    compiled: tuple[str, nn.Module, Program, dict[str, int]],
+) -> None:
     _, model, program, _ = compiled
     assert_same(program, model, program.vocab)
 

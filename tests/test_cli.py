@@ -36,14 +36,11 @@ def answer(*arguments: object) -> dict[str, Any]:
 
 def refused(*arguments: object) -> str:
     """The error of a command that must end with status 2, a remedy, and no traceback."""
-    result = tokenmill(*arguments)
+    result = tokenmill(*arguments, "--json")
     assert result.exit_code == 2, result.output
-    assert result.stdout == ""
+    assert set(json.loads(result.stdout)) == {"error", "remedy"}
     assert "remedy: " in result.stderr
     assert "Traceback" not in result.stderr
-    as_json = tokenmill(*arguments, "--json")
-    assert as_json.exit_code == 2
-    assert set(json.loads(as_json.stdout)) == {"error", "remedy"}
     return " ".join(result.stderr.split())
 
 
@@ -64,6 +61,12 @@ def test_every_command_explains_itself(command: str) -> None:
 )  # fmt: skip
 def test_misuse_is_status_2(arguments: list[str]) -> None:
     assert tokenmill(*arguments).exit_code == 2
+
+
+def test_an_error_without_json_leaves_standard_output_empty(tmp_path: Path) -> None:
+    result = tokenmill("verify", tmp_path)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "remedy: make one with `tokenmill optimize" in result.stderr
 
 
 # --- the main path --------------------------------------------------------------------------------
@@ -88,6 +91,15 @@ def test_inspect_says_at_least_what_the_contract_says(int4_artifact: Path) -> No
     assert found["extern_steps"] == []
     for one in found["passes"]:
         assert {"name", "matches", "seconds", "error"} <= set(one)
+
+
+def test_inspect_compiles_a_model_without_writing(tiny_deepseek: Path) -> None:
+    before = sorted(tiny_deepseek.iterdir())
+    found = answer("inspect", tiny_deepseek, "--kernels", "--graph", "aten")
+    assert found["parameters"]["total"] > 0
+    assert found["sources"]
+    assert "attention" in found["graph"]
+    assert sorted(tiny_deepseek.iterdir()) == before
 
 
 def test_inspect_prints_graphs_and_kernels(int4_artifact: Path) -> None:

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-
 import tokenmill
+import torch
 from tokenmill import Recipe, Session
 from tokenmill.api import optimize, original, verify
 from tokenmill.evaluate import evaluate, windows
@@ -195,7 +194,7 @@ def test_two_builds_are_the_same_bytes(
     optimize(tiny_deepseek, second, recipe=RECIPES["int4"])
     names = sorted(str(p.relative_to(first)) for p in first.rglob("*") if p.is_file())
     assert names == sorted(str(p.relative_to(second)) for p in second.rglob("*") if p.is_file())
-    same, differing, missing = filecmp.cmpfiles(first, second, names, shallow=False)
+    _, differing, missing = filecmp.cmpfiles(first, second, names, shallow=False)
     assert (differing, missing) == ([], [])
 
 

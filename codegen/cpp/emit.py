@@ -165,7 +165,8 @@ STEP_FILE = """
     }
 
     // Scratch of the most demanding kernel; a thread's own part fills whole pairs of cache lines.
-    constexpr size_t largest(std::initializer_list<size_t> sizes) {
+    template <size_t N>
+    constexpr size_t largest(const size_t (&sizes)[N]) {
       size_t most = 0;
       for (size_t s : sizes) most = s > most ? s : most;
       return (most + 127) / 128 * 128;

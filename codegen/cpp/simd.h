@@ -7,8 +7,6 @@
 #include <stdint.h>
 #include <string.h>
 
-#include <utility>
-
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -61,26 +59,36 @@ TM_INLINE void store_n(float *p, vf x, int n) {
 TM_INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 TM_INLINE vi to_int(vf x) { return __builtin_convertvector(x, vi); }
 
+// The lane numbers 0 .. LANES - 1 as a parameter pack (no header of the C++ library is used anywhere).
 template <int... I>
-TM_INLINE vf evens(vf a, vf b, std::integer_sequence<int, I...>) {
+struct Indices {};
+template <int N, int... I>
+struct CountTo : CountTo<N - 1, N - 1, I...> {};
+template <int... I>
+struct CountTo<0, I...> {
+  using type = Indices<I...>;
+};
+using Lanes = CountTo<LANES>::type;
+
+template <int... I>
+TM_INLINE vf evens(vf a, vf b, Indices<I...>) {
   return __builtin_shufflevector(a, b, (2 * I)...);
 }
 template <int... I>
-TM_INLINE vf odds(vf a, vf b, std::integer_sequence<int, I...>) {
+TM_INLINE vf odds(vf a, vf b, Indices<I...>) {
   return __builtin_shufflevector(a, b, (2 * I + 1)...);
 }
 template <int Half, int... I>
-TM_INLINE vf zip(vf a, vf b, std::integer_sequence<int, I...>) {
+TM_INLINE vf zip(vf a, vf b, Indices<I...>) {
   return __builtin_shufflevector(a, b, (Half * LANES / 2 + I / 2 + I % 2 * LANES)...);
 }
-using Lanes = std::make_integer_sequence<int, LANES>;
 TM_INLINE vf evens(vf a, vf b) { return evens(a, b, Lanes{}); }
 TM_INLINE vf odds(vf a, vf b) { return odds(a, b, Lanes{}); }
 TM_INLINE vf zip_low(vf a, vf b) { return zip<0>(a, b, Lanes{}); }
 TM_INLINE vf zip_high(vf a, vf b) { return zip<1>(a, b, Lanes{}); }
 
 template <int... I>
-TM_INLINE vf iota(std::integer_sequence<int, I...>) {
+TM_INLINE vf iota(Indices<I...>) {
   return vf{float(I)...};
 }
 TM_INLINE vf iota() { return iota(Lanes{}); }

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
-
 from tokenmill import codegen
 from tokenmill.codegen import build, reference
 from tokenmill.codegen.cpp.target import parse_target
@@ -38,6 +36,7 @@ from tokenmill.ir.plan import (
     SelectRows,
     Step,
 )
+from torch import Tensor
 
 CAPACITY = Capacity(tokens=200, rows=16)
 COLUMN, PITCH_EXTRA = 3, 8
@@ -63,7 +62,9 @@ def weights_of(spec: KernelSpec, rng: torch.Generator) -> dict[str, Tensor]:
         case Linear():
             out = packed(spec.format, spec.parts * spec.n, spec.k)
             out |= {"bias": randn(spec.parts * spec.n)} if spec.bias else {}
-            return out | {f"e{i}": randn(spec.n) for i, k in enumerate(spec.extras) if k == "channel"}
+            return out | {
+                f"e{i}": randn(spec.n) for i, k in enumerate(spec.extras) if k == "channel"
+            }
         case Pointwise():
             kinds = enumerate(spec.inputs)
             return {f"x{i}": randn(spec.width) for i, kind in kinds if kind == "channel"}
@@ -105,7 +106,9 @@ class Kernels:
 
     specs: Sequence[KernelSpec]
     target: str = "cpu"
-    in_place: Mapping[KernelSpec, str] = field(default_factory=dict)  # out shares this operand's buffer
+    in_place: Mapping[KernelSpec, str] = field(
+        default_factory=dict
+    )  # out shares this operand's buffer
     rng: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     def __post_init__(self) -> None:

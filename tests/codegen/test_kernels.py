@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-
 from tokenmill.ir import cache, quant
 from tokenmill.ir.cache import FORMATS, Batch, Part
 from tokenmill.ir.expr import FUNCTIONS
@@ -89,7 +88,10 @@ FUNCTION_KERNELS = {
 WRITES = tuple(
     CacheWrite(fmt, parts)
     for fmt in FORMATS
-    for parts in ((Part("latent", 37, 16), Part("rope", 6, 8)), (Part("key", 48, 16), Part("value", 40, 20)))
+    for parts in (
+        (Part("latent", 37, 16), Part("rope", 6, 8)),
+        (Part("key", 48, 16), Part("value", 40, 20)),
+    )
 )
 COPIES = (Embed(11, 37, "fp32"), Embed(11, 37, "bf16"), SelectRows(29))
 # Out shares the buffer of an operand that is read element by element.
@@ -168,7 +170,22 @@ def test_matches_reference(
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_function_is_the_tables(kernels: Kernels, name: str) -> None:
-    special = [0.0, -0.0, 1e-30, -1e-30, 1e-3, -1e-3, 1.0, -1.0, 5.0, -5.0, 30.0, -30.0, 87.0, -87.0]
+    special = [
+        0.0,
+        -0.0,
+        1e-30,
+        -1e-30,
+        1e-3,
+        -1e-3,
+        1.0,
+        -1.0,
+        5.0,
+        -5.0,
+        30.0,
+        -30.0,
+        87.0,
+        -87.0,
+    ]
     a = torch.tensor([*special, -104.0, 200.0, -200.0, torch.inf, -torch.inf, torch.nan, 1e-40])
     a = torch.stack([a, *torch.linspace(-12.0, 12.0, 11 * 21).view(11, 21)])
     b = a.roll(5, 0).roll(3, 1)
@@ -211,7 +228,9 @@ def test_bf16_cache_rounds_like_torch(kernels: Kernels) -> None:
     p1 = torch.zeros(1, spec.parts[1].width)
     kernels.run(spec, batch, {"p0": p0, "p1": p1})
     rows = kernels.cache_of(spec)[batch.block_table[0, 0].long(), :1]
-    torch.testing.assert_close(cache.decode(spec.cache, rows)[0], p0.bfloat16().float(), equal_nan=True)
+    torch.testing.assert_close(
+        cache.decode(spec.cache, rows)[0], p0.bfloat16().float(), equal_nan=True
+    )
 
 
 def test_select_rows(kernels: Kernels) -> None:
@@ -248,7 +267,9 @@ def test_weights_of_idle_experts_are_not_read(kernels: Kernels) -> None:
     got = kernels.run(spec, batch, inputs)["out"]
     for name, value in saved.items():
         weights[name].copy_(value)
-    torch.testing.assert_close(got, kernels.expected(spec, batch, inputs)["out"], rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(
+        got, kernels.expected(spec, batch, inputs)["out"], rtol=1e-4, atol=2e-5
+    )
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 90])

@@ -297,7 +297,9 @@ def _view(
         count = {"tokens": tokens, "rows": rows, "fixed": 1}[buffer.rows]
         values[buffer.name] = torch.zeros(count, buffer.width, dtype=_DTYPES[buffer.dtype])
     whole = buffer.width - operand.column
-    width = 1 if param == "index" else reference.operand_width(step.spec, param) or whole
+    if param == "index":
+        return values[buffer.name][:, operand.column]
+    width = reference.operand_width(step.spec, param) or whole
     assert operand.column + width <= buffer.width
     return values[buffer.name][:, operand.column : operand.column + width]
 

@@ -252,7 +252,7 @@ def test_names_of_weights_and_buffers_do_not_clash() -> None:
     plan = compiled(b.finish(b.norm(b.norm(b.embed(), "ids"), "rms_norm_default")))
     assert plan.steps[1].bind["weight"] == Operand("weight.ids")
     outs = [plan.steps[i].bind["out"].buffer for i in (1, 2)]
-    assert outs == ["arena.rms_norm_default", "rms_norm_default_1"]
+    assert outs == ["arena.rms_norm_default", "rms_norm_default_2"]
 
 
 def test_where_is_the_users_module() -> None:

@@ -6,14 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import fx
-
 from tokenmill.capture.module import capture
 from tokenmill.errors import BadRecipe, IllegalProgram, WrongRewrite
 from tokenmill.ir.program import Program, Stage
 from tokenmill.passes.base import Pass, calls, mill
 from tokenmill.passes.pipeline import pipeline, run_passes
 from tokenmill.recipe import Recipe
+from torch import fx
 
 from ..models import hand_written
 
@@ -137,4 +136,6 @@ def test_a_copy_is_rewritten_alone(program: Program) -> None:
     twin = program.copy()
     fused(twin)
     assert program.stage is Stage.ATEN
-    assert not any(isinstance(n, fx.Node) and n.target is mill.linear.default for n in program.graph.nodes)
+    assert not any(
+        isinstance(n, fx.Node) and n.target is mill.linear.default for n in program.graph.nodes
+    )
