@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from .ir.plan import Capacity, Plan
 from .ir.program import Program
 from .passes.lower import lower
 from .passes.memory import memory
-from .passes.pipeline import pipeline, run_passes
+from .passes.pipeline import check_capture, eager_samples, pipeline, run_passes
 from .recipe import Recipe
 from .report import render
 from .runtime import Artifact, Session
@@ -82,21 +83,31 @@ def optimize(
     say = progress or (lambda what, done, total: None)
 
     say("capture", 0, 1)
-    program, checkpoint = _capture(model, example_ids, max_positions, trust_remote_code)
+    checkpoint = None
+    if not isinstance(model, nn.Module):
+        checkpoint = open_checkpoint(os.fspath(model), trust_remote_code)
+        model = checkpoint.load()
+    expected = eager_samples(model) if check else []
+    start = time.perf_counter()
+    program = _capture(model, checkpoint, example_ids, max_positions)
+    seconds = time.perf_counter() - start
     check_weights(program)
     recorder = Recorder(program, checkpoint)
+    recorder.passes.append(check_capture(program, expected, seconds))
+    say("capture", 1, 1)
 
     passes = pipeline(recipe)
 
     def observe(program: Program, result: Any) -> None:
         recorder.after_pass(program, result)
-        say(f"pass {result.name}", len(recorder.passes), len(passes))
+        say("passes", len(recorder.passes), 1 + len(passes))
 
     run_passes(program, passes, check=check, observe=observe)
     plan = memory(lower(program, Capacity(recipe.max_step_tokens, recipe.max_step_rows)))
 
-    say("emit kernels", 0, 1)
+    say("kernels", 0, 1)
     sources = {t.name: emit(plan, t.name) for t in targets}
+    say("kernels", 1, 1)
     facts = recorder.facts(program, plan, passes, recipe, [t.name for t in targets])
     flat = {f"kernels/{t}/{n}": text for t, files in sources.items() for n, text in files.items()}
     if dry_run:
@@ -165,19 +176,15 @@ def original(model: str | os.PathLike[str], trust_remote_code: bool = False) -> 
 
 
 def _capture(
-    model: str | os.PathLike[str] | nn.Module,
+    model: nn.Module,
+    checkpoint: Checkpoint | None,
     example_ids: Tensor | None,
     max_positions: int | None,
-    trust_remote_code: bool,
-) -> tuple[Program, Checkpoint | None]:
-    if isinstance(model, nn.Module):
-        if hasattr(model, "config") and hasattr(model, "set_attn_implementation"):
-            return capture_pretrained(model, type(model).__name__), None
-        limit = max_positions or 2048
-        name = type(model).__name__
-        return capture(model, example=example_ids, max_positions=limit, name=name), None
-    checkpoint = open_checkpoint(os.fspath(model), trust_remote_code)
-    return capture_pretrained(checkpoint.load(), checkpoint.name), checkpoint
+) -> Program:
+    name = checkpoint.name if checkpoint else type(model).__name__
+    if hasattr(model, "set_attn_implementation"):
+        return capture_pretrained(model, name)
+    return capture(model, example=example_ids, max_positions=max_positions or 2048, name=name)
 
 
 def check_weights(program: Program) -> None:
@@ -198,8 +205,9 @@ def _build(
 ) -> dict[str, bytes]:
     built = {}
     for i, target in enumerate(targets):
-        say(f"build {target.name}", i, len(targets))
+        say("build", i, len(targets))
         built[target.name] = build_cpu(sources[target.name], target)
+        say("build", i + 1, len(targets))
     return built
 
 
@@ -219,8 +227,8 @@ def _write_weights(
 
     def data() -> Any:
         for i, name in enumerate(names):
-            say("weights", i, len(names))
             yield name, _bytes(program.weights[name])
+            say("weights", i + 1, len(names))
 
     writer.weights(index, data())
 

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from .errors import BadRequest
 from .runtime import Session
-from .runtime.tokenizer import special_ids
 
 if TYPE_CHECKING:
     from .api import Progress
@@ -120,7 +119,7 @@ def read_text(path: str | Path) -> str:
 def _tokens(session: Session, text: str | Sequence[int]) -> tuple[list[int], int]:
     """The ids to run, and the UTF-8 bytes of those that are scored: all but the first."""
     tokens = session.tokenizer.encode(text) if isinstance(text, str) else list(text)
-    begin = _begin(session)
+    begin = session.begin_tokens
     if tokens[: len(begin)] != begin:
         tokens = begin + tokens
     if len(tokens) < 2:
@@ -130,13 +129,6 @@ def _tokens(session: Session, text: str | Sequence[int]) -> tuple[list[int], int
     unscored = session.tokenizer.decode(tokens[:1])
     whole = text if isinstance(text, str) else session.tokenizer.decode(tokens)
     return tokens, len(whole.encode()) - len(unscored.encode())
-
-
-def _begin(session: Session) -> list[int]:
-    """The token that opens a text, if the model has one."""
-    names = ("generation_config.json", "tokenizer_config.json")
-    configs = [session.artifact.json(f"tokenizer/{name}") for name in names]
-    return special_ids("bos", configs, session.artifact.file("tokenizer/tokenizer.json"))[:1]
 
 
 def _eager_logits(model: Any, tokens: Sequence[int], vocab: int) -> Logits:

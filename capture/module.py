@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -66,7 +67,9 @@ def capture(
         )
     tokens = Dim("tokens", min=1, max=max_positions)
     inputs = (ids, torch.arange(ids.shape[1])[None]) if takes_positions else (ids,)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        # Raised inside torch.export about its own tree specs.
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
         exported = _export(_Call(model.eval(), call), inputs, tuple({1: tokens} for _ in inputs))
     return _to_program(exported, max_positions, name)
 

@@ -86,9 +86,8 @@ def _view(
     if buffer.name not in values:
         count = {"tokens": tokens, "rows": rows, "fixed": 1}[buffer.rows]
         values[buffer.name] = torch.zeros(count, buffer.width, dtype=_DTYPES[buffer.dtype])
-    return values[buffer.name][
-        :, operand.column : operand.column + _width(step.spec, param, buffer.width)
-    ]
+    width = operand_width(step.spec, param) or buffer.width
+    return values[buffer.name][:, operand.column : operand.column + width]
 
 
 def operand_width(spec: KernelSpec, param: str) -> int:
@@ -265,7 +264,7 @@ def extern(spec: Extern, o: Operands, batch: Batch) -> Outputs:
     args, kwargs = _argument(json.loads(spec.args), o)
     result = op(*args, **kwargs)
     result = result if spec.item < 0 else result[spec.item]
-    return {"out": result.reshape(o["out"].shape[0], -1)}
+    return {"out": result.reshape(o["out"].shape)}
 
 
 def _argument(data: Any, o: Operands) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from ..errors import BadRecipe, WrongRewrite
 from ..ir import cache as kv
@@ -132,6 +132,39 @@ def _run_one(program: Program, one: Pass, check: bool) -> PassResult:
     )  # fmt: skip
     if check:
         result.error = _compare(before, program, one)
+    return result
+
+
+# --- the capture itself -----------------------------------------------------------------------------
+
+_CAPTURE_LENGTHS = (1, 5, 24)
+
+
+def eager_samples(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """(ids, logits) of the eager model at a few lengths; capture changes how some models run."""
+    samples = []
+    for length in _CAPTURE_LENGTHS:
+        ids = torch.arange(length) % 7
+        with torch.no_grad():
+            out = model(ids[None])
+        samples.append((ids, getattr(out, "logits", out)[0]))
+    return samples
+
+
+def check_capture(
+    program: Program, samples: Sequence[tuple[Tensor, Tensor]], seconds: float
+) -> PassResult:
+    """The capture's line in the report; raises WrongRewrite if the graph is not the eager model."""
+    nodes = len(program.graph.nodes)
+    summary = "trace the model into an ATen graph with a symbolic number of tokens"
+    result = PassResult("capture", summary, 1, seconds, True, Pass.tolerance, 0, nodes)
+    if samples:
+        errors = [relative_error(wanted, program.run(ids)) for ids, wanted in samples]
+        result.error = max(errors)
+        if not result.error <= (Pass.tolerance or 0):
+            raise WrongRewrite(
+                pass_name="capture", error=result.error, tolerance=Pass.tolerance, node="logits"
+            )
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import ClassVar
@@ -58,10 +59,18 @@ class Quantize(Pass):
         sweep(program)
         return sum(d.format != "fp32" for d in self.decisions)
 
+    @property
+    def notes(self) -> list[str]:
+        """The share of the parameters that each format has, so that none is skipped silently."""
+        shares: Counter[str] = Counter()
+        for decision in self.decisions:
+            shares[decision.format] += decision.parameters
+        return [f"{name}: {n / shares.total():.2%} of the parameters" for name, n in shares.items()]
+
 
 def _decide(program: Program, name: str, purpose: Role, format: str) -> Decision:
     weight = program.weights.like(name)
-    rows, inputs = (1, *weight.shape)[-2:]
+    rows, inputs = (1, 1, *weight.shape)[-2:]
     matrices = weight.numel() // max(rows * inputs, 1)
     size = matrices * quant.parse(format).bytes(rows, inputs)
     originals = tuple(program.weights.roots(name))

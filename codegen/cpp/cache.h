@@ -11,9 +11,11 @@ struct Span {
   int column, width, tile, scale;
 };
 
-// Row of token `position` of a sequence whose pages `table` lists.
-TM_INLINE uint8_t *cache_row(uint8_t *cache, size_t row_bytes, const int32_t *table, int position) {
-  return cache + ((size_t)table[position / PAGE] * PAGE + position % PAGE) * row_bytes;
+// Row of the token at `position` of a sequence; at a multiple of PAGE, its whole page.
+TM_INLINE uint8_t *cache_row(const tm_args &a, const void *cache, size_t row_bytes, int sequence,
+                             int position) {
+  const size_t page = (size_t)a.block_table[(size_t)sequence * a.table_stride + position / PAGE];
+  return (uint8_t *)cache + (page * PAGE + position % PAGE) * row_bytes;
 }
 
 // The sequence that owns token t, searched from `from` on.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...ir.cache import CacheSpec
 from ...ir.plan import CacheWrite
-from .text import fill
+from .text import fill, signature
 
 HEADER = "cache.h"
 
@@ -37,7 +37,7 @@ def emit(spec: CacheWrite, name: str) -> str:
         parts=", ".join(f"{p.name} [{p.width}]" for p in spec.parts),
         codec=cache_type(spec.format),
         row_bytes=spec.cache.row_bytes,
-        params="".join(f", Rows<float> p{i}" for i in range(len(spec.parts))),
+        signature=signature(*(f"Rows<float> p{i}" for i in range(len(spec.parts))), "void *cache"),
         writes="\n".join(
             f"{cache_type(spec.format)}::encode(row, Span{span}, p{i}[t]);"
             for i, span in enumerate(spans(spec.cache))
@@ -46,19 +46,19 @@ def emit(spec: CacheWrite, name: str) -> str:
 
 
 TEMPLATE = """
-    // cache[block_table[b, p / 64], p % 64] = $parts of token t, at position p of sequence b
-    namespace $symbol {
-    constexpr int ROW_BYTES = $row_bytes;
-    constexpr size_t SHARED = 0, LOCAL = 0;
+// cache[block_table[b, p / 64], p % 64] = $parts of token t, at position p of sequence b
+namespace $symbol {
+constexpr int ROW_BYTES = $row_bytes;
+constexpr size_t SHARED = 0, LOCAL = 0;
 
-    TM_NOINLINE void run(Thread &th, int rows$params, void *cache) {
-      const tm_args &a = *th.args;
-      int b = 0;
-      for (int t = th.share(rows, 0); t < th.share(rows, 1); t++) {
-        b = sequence_of(a.starts, t, b);
-        uint8_t *row = cache_row((uint8_t *)cache, ROW_BYTES, a.block_table + b * a.table_stride, a.positions[t]);
-        $writes
-      }
-    }
-    }  // namespace $symbol
+$signature
+  const tm_args &a = *th.args;
+  int b = 0;
+  for (int t = th.share(rows, 0); t < th.share(rows, 1); t++) {
+    b = sequence_of(a.starts, t, b);
+    uint8_t *row = cache_row(a, cache, ROW_BYTES, b, a.positions[t]);
+    $writes
+  }
+}
+}  // namespace $symbol
 """

@@ -19,14 +19,15 @@ def emit(spec: Embed, name: str) -> str:
 
 
 TEMPLATE = """
-    // out[t] = table[index[t]],  table [$vocab, $width]
-    namespace $symbol {
-    constexpr int WIDTH = $width;
-    constexpr size_t SHARED = 0, LOCAL = 0;
+// out[t] = table[index[t]],  table [$vocab, $width]
+namespace $symbol {
+constexpr int WIDTH = $width;
+constexpr size_t SHARED = 0, LOCAL = 0;
 
-    TM_NOINLINE void run(Thread &th, int rows, const int32_t *index, const void *table, Rows<float> out) {
-      for (int r = th.share(rows, 0); r < th.share(rows, 1); r++)
-        widen(out[r], (const $type *)table + (size_t)index[r] * WIDTH, WIDTH);
-    }
-    }  // namespace $symbol
+TM_NOINLINE void run(Thread &th, int rows, const int32_t *index, const void *table,
+                     Rows<float> out) {
+  for (int r = th.share(rows, 0); r < th.share(rows, 1); r++)
+    widen(out[r], (const $type *)table + (size_t)index[r] * WIDTH, WIDTH);
+}
+}  // namespace $symbol
 """

@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib.resources import files
 from types import ModuleType
 
-from ...ir.plan import DTYPE_BYTES, Extern, KernelSpec, Operand, Plan, Step
+from ...ir.plan import DTYPE_BYTES, Extern, KernelSpec, Operand, Plan
 from . import (
     attend,
     cache_write,
@@ -24,7 +24,7 @@ from . import (
     select_rows,
 )
 from .target import CpuTarget
-from .text import fill
+from .text import call, fill
 
 EMITTERS: dict[str, ModuleType] = {
     "embed": embed,
@@ -97,13 +97,14 @@ def _step_file(plan: Plan, target: CpuTarget, symbols: dict[KernelSpec, str]) ->
         includes="\n".join(f'#include "{kind}_kernels.h"' for kind in kinds),
         shared=_largest(symbols, "SHARED"),
         local=_largest(symbols, "LOCAL"),
-        cases="\n".join(_case(plan, i, step, symbols) for i, step in enumerate(plan.steps)),
+        cases=_cases(plan, symbols),
         externs=_extern_checks(plan),
     )
 
 
 def _largest(symbols: dict[KernelSpec, str], constant: str) -> str:
-    return "".join(f", {name}::{constant}" for name in symbols.values())
+    sizes = ["0", *(f"{name}::{constant}" for name in symbols.values())]
+    return call(f"constexpr size_t {constant}_BYTES = largest({{", sizes, "});")
 
 
 def _extern_checks(plan: Plan) -> str:
@@ -111,102 +112,113 @@ def _extern_checks(plan: Plan) -> str:
     return "\n".join(f"if (first <= {i} && {i} < last) return 1;" for i in at)
 
 
-def _case(plan: Plan, index: int, step: Step, symbols: dict[KernelSpec, str]) -> str:
-    where = " ".join(step.where.split())
-    if isinstance(step.spec, Extern):
-        return f"// {index}: {step.spec.op} runs in torch ({where})"
-    args = ", ".join(_argument(plan, step.bind[p]) for p in step.spec.params)
-    call = f"{symbols[step.spec]}::run(th, {ROWS[step.rows]}, {args});"
-    return f"case {index}:  // {where}\n  return {call}"
+def _cases(plan: Plan, symbols: dict[KernelSpec, str]) -> str:
+    """The switch over steps, each under its place in the user's model."""
+    pointers = _pointers(plan)
+    lines: list[str] = []
+    for index, step in enumerate(plan.steps):
+        where = " ".join(step.where.split())
+        if isinstance(step.spec, Extern):
+            lines.append(f"// {index}: {step.spec.op} runs in torch ({where})")
+            continue
+        args = [_argument(plan, pointers, step.bind[p]) for p in step.spec.params]
+        head = f"  {symbols[step.spec]}::run("
+        lines.append(f"case {index}:  // {where}")
+        lines.append(call(head, ["th", ROWS[step.rows], *args], ");", indent=6))
+        lines.append("  return;")
+    return "\n".join(lines)
 
 
-def _argument(plan: Plan, operand: Operand) -> str:
-    """How a kernel gets an operand: a row view for the arena, a pointer for the rest."""
+def _pointers(plan: Plan) -> dict[str, str]:
+    """How step.cpp names the buffers that are not in the arena."""
+    weights = [b.name for b in plan.buffers.values() if b.kind == "weight"]
+    return {
+        **INPUTS,
+        **{name: f"a.weights[{i}]" for i, name in enumerate(weights)},
+        **{cache.name: f"a.caches[{i}]" for i, cache in enumerate(plan.caches)},
+    }
+
+
+def _argument(plan: Plan, pointers: dict[str, str], operand: Operand) -> str:
+    """What a kernel is given: a view of rows for the arena, a pointer for the rest."""
     buffer = plan.buffers[operand.buffer]
-    match buffer.kind:
-        case "input":
-            return INPUTS[buffer.name]
-        case "weight":
-            weights = [b.name for b in plan.buffers.values() if b.kind == "weight"]
-            return f"a.weights[{weights.index(buffer.name)}]"
-        case "cache":
-            return f"a.caches[{[c.name for c in plan.caches].index(buffer.name)}]"
-        case "arena":
-            at = buffer.offset + operand.column * DTYPE_BYTES[buffer.dtype]
-            return f"view<{C_TYPES[buffer.dtype]}>(a, {at}, {buffer.width})"
+    if buffer.kind != "arena":
+        return pointers[buffer.name]
+    at = buffer.offset + operand.column * DTYPE_BYTES[buffer.dtype]
+    return f"view<{C_TYPES[buffer.dtype]}>(a, {at}, {buffer.width})"
 
 
 KIND_HEADER = """
-    // $about
-    #pragma once
-    #include "pool.h"
-    #include "$header"
+// $about
+#pragma once
+#include "pool.h"
+#include "$header"
 
-    namespace mill {
+namespace mill {
 
-    $body
+$body
 
-    }  // namespace mill
+}  // namespace mill
 """
 STEP_FILE = """
-    // The whole step as one program: what tm_run executes, in order.
-    #define TM_VECTOR_BYTES $vector_bytes
-    namespace mill {
-    constexpr int MAX_ROWS = $max_rows;  // tokens or output rows that a step may carry
-    }
-    #include "pool.h"
-    $includes
+// The whole step as one program: what tm_run executes, in order.
+#define TM_VECTOR_BYTES $vector_bytes
+namespace mill {
+constexpr int MAX_ROWS = $max_rows;  // tokens or output rows that a step may carry
+}
+#include "pool.h"
+$includes
 
-    namespace mill {
+namespace mill {
 
-    template <class T>
-    TM_INLINE Rows<T> view(const tm_args &a, size_t offset, int64_t width) {
-      return {(T *)(a.arena + offset), width};
-    }
+template <class T>
+TM_INLINE Rows<T> view(const tm_args &a, size_t offset, int64_t width) {
+  return {(T *)(a.arena + offset), width};
+}
 
-    // Scratch of the most demanding kernel; a thread's own part fills whole pairs of cache lines.
-    template <size_t N>
-    constexpr size_t largest(const size_t (&sizes)[N]) {
-      size_t most = 0;
-      for (size_t s : sizes) most = s > most ? s : most;
-      return (most + 127) / 128 * 128;
-    }
-    constexpr size_t SHARED_BYTES = largest({0$shared});
-    constexpr size_t LOCAL_BYTES = largest({0$local});
+// Scratch of the most demanding kernel; a thread's own part fills whole pairs of cache lines.
+template <size_t N>
+constexpr size_t largest(const size_t (&sizes)[N]) {
+  size_t most = 0;
+  for (size_t s : sizes) most = s > most ? s : most;
+  return (most + 127) / 128 * 128;
+}
+$shared
+$local
 
-    static void step(int index, Thread &th) {
-      const tm_args &a = *th.args;
-      switch (index) {
-        $cases
-      }
-    }
+static void step(int index, Thread &th) {
+  const tm_args &a = *th.args;
+  switch (index) {
+    $cases
+  }
+}
 
-    static void program(Thread &th, int first, int last) {
-      for (int i = first; i < last; i++) {
-        step(i, th);
-        th.barrier();
-      }
-    }
+static void program(Thread &th, int first, int last) {
+  for (int i = first; i < last; i++) {
+    step(i, th);
+    th.barrier();
+  }
+}
 
-    }  // namespace mill
+}  // namespace mill
 
-    #define TM_EXPORT extern "C" __attribute__((visibility("default")))
+#define TM_EXPORT extern "C" __attribute__((visibility("default")))
 
-    TM_EXPORT int32_t tm_abi_version(void) { return 1; }
-    TM_EXPORT const char *tm_isa(void) { return "$isa"; }
-    TM_EXPORT void *tm_pool_create(int32_t threads) {
-      return mill::pool_create(threads, mill::SHARED_BYTES, mill::LOCAL_BYTES, mill::program);
-    }
-    TM_EXPORT void tm_pool_destroy(void *pool) {
-      if (pool) mill::pool_destroy((mill::Pool *)pool);
-    }
-    TM_EXPORT int64_t tm_workspace_bytes(int32_t threads) {
-      return (int64_t)(mill::SHARED_BYTES + (size_t)threads * mill::LOCAL_BYTES);
-    }
-    // Steps [first, last); 1 if one of them is torch's to run.
-    TM_EXPORT int32_t tm_run(void *pool, const tm_args *args, int32_t first, int32_t last) {
-      $externs
-      mill::pool_run((mill::Pool *)pool, args, first, last);
-      return 0;
-    }
+TM_EXPORT int32_t tm_abi_version(void) { return 1; }
+TM_EXPORT const char *tm_isa(void) { return "$isa"; }
+TM_EXPORT void *tm_pool_create(int32_t threads) {
+  return mill::pool_create(threads, mill::SHARED_BYTES, mill::LOCAL_BYTES, mill::program);
+}
+TM_EXPORT void tm_pool_destroy(void *pool) {
+  if (pool) mill::pool_destroy((mill::Pool *)pool);
+}
+TM_EXPORT int64_t tm_workspace_bytes(int32_t threads) {
+  return (int64_t)(mill::SHARED_BYTES + (size_t)threads * mill::LOCAL_BYTES);
+}
+// Steps [first, last); 1 if one of them is torch's to run.
+TM_EXPORT int32_t tm_run(void *pool, const tm_args *args, int32_t first, int32_t last) {
+  $externs
+  mill::pool_run((mill::Pool *)pool, args, first, last);
+  return 0;
+}
 """

@@ -1,10 +1,10 @@
-"""Experts: tokens grouped by expert, two products with the activation between, a combine without races."""
+"""Experts: tokens grouped by expert, two products, the activation between, a race-free sum."""
 
 from __future__ import annotations
 
 from ...ir.plan import Experts
 from .expr import vector_code
-from .text import fill, format_name, weight_params, weight_parts, weight_type
+from .text import fill, format_name, signature, weight_params, weight_parts, weight_type
 
 HEADER = "matmul.h"
 
@@ -22,7 +22,7 @@ def emit(spec: Experts, name: str) -> str:
     return fill(
         TEMPLATE,
         symbol=name,
-        equation=f"out[t] = {residual}sum_j weights[t, j] down_e(act(gate_up_e(x[t]))),  e = ids[t, j]",
+        residual_term=residual,
         activation=spec.activation,
         experts=spec.experts,
         top_k=spec.top_k,
@@ -31,8 +31,13 @@ def emit(spec: Experts, name: str) -> str:
         parts=parts,
         up=weight_type(spec.gate_up_format),
         down=weight_type(spec.down_format),
-        weights=f"{weight_params(spec.gate_up_format, 'up_')}, {weight_params(spec.down_format, 'down_')}",
-        residual=", Rows<float> residual" if spec.residual else "",
+        signature=signature(
+            *("Rows<float> x", "Rows<int32_t> ids", "Rows<float> weights"),
+            *weight_params(spec.gate_up_format, "up_"),
+            *weight_params(spec.down_format, "down_"),
+            *(["Rows<float> residual"] if spec.residual else []),
+            "Rows<float> out",
+        ),
         up_members=weight_parts(spec.gate_up_format, "up_"),
         down_members=weight_parts(spec.down_format, "down_"),
         tiles="\n".join(
@@ -49,99 +54,108 @@ def emit(spec: Experts, name: str) -> str:
 
 
 TEMPLATE = """
-    // $equation
-    // act = $activation;  x, out [rows, $hidden], gate_up [$experts, $parts * $inter, $hidden], down [$experts, $hidden, $inter]
-    //
-    // 1. pack the tokens' activations, sort (token, choice) pairs by expert;
-    // 2. per active expert and chunk of inner columns: gate/up product and activation, packed for step 3;
-    // 3. per chunk of output columns: for active experts in rising order, down product, weighted sum.
-    // A job of step 3 owns its columns of all tokens, so sums need no atomics and have one order.
-    namespace $symbol {
-    constexpr int EXPERTS = $experts, TOP_K = $top_k, HIDDEN = $hidden, INTER = $inter, PARTS = $parts;
-    constexpr int WIDEST = max(HIDDEN, INTER), TOKENS = block_tokens(WIDEST), SLOTS = MAX_ROWS * TOP_K;
-    using Up = $up;
-    using Down = $down;
-    constexpr size_t SHARED = Scratch::bytes<float>((size_t)MAX_ROWS * packed(HIDDEN)) +
-                              Scratch::bytes<float>((size_t)SLOTS * packed(INTER)) + Scratch::bytes<int32_t>(SLOTS) +
-                              2 * Scratch::bytes<int32_t>(EXPERTS + 1);
-    constexpr size_t LOCAL = Scratch::bytes<float>(PANEL_ROWS * packed(WIDEST)) +
-                             PARTS * Scratch::bytes<float>(TOKENS * CHUNK) + Scratch::bytes<int32_t>(EXPERTS);
+// out[t] = ${residual_term}sum_j weights[t, j] down_e(act(gate_up_e(x[t]))),  e = ids[t, j]
+// act = $activation
+// x, out [rows, $hidden], gate_up [$experts, $parts * $inter, $hidden], down [$experts, $hidden, $inter]
+//
+// 1. pack the tokens' activations, sort (token, choice) pairs by expert;
+// 2. per active expert and chunk of inner columns: gate/up product, activation, packed for step 3;
+// 3. per chunk of output columns: for active experts in rising order, down product, weighted sum.
+// A job of step 3 owns its columns of all tokens, so sums need no atomics and have one order.
+namespace $symbol {
+constexpr int EXPERTS = $experts, TOP_K = $top_k, SLOTS = MAX_ROWS * TOP_K;
+constexpr int HIDDEN = $hidden, INTER = $inter, PARTS = $parts;
+constexpr int WIDEST = max(HIDDEN, INTER), TOKENS = block_tokens(WIDEST);
+using Up = $up;
+using Down = $down;
+constexpr size_t XS = (size_t)MAX_ROWS * packed(HIDDEN), INNER = (size_t)SLOTS * packed(INTER);
+constexpr size_t SHARED =
+    Scratch::sizes<float>(XS, INNER) + Scratch::sizes<int32_t>(SLOTS, EXPERTS + 1, EXPERTS + 1);
+constexpr size_t LOCAL = Scratch::sizes<float>(PANEL_ROWS * packed(WIDEST), PARTS * TOKENS * CHUNK) +
+                         Scratch::sizes<int32_t>(EXPERTS);
 
-    // Counting sort: pairs[begin[e] : begin[e + 1]] chose expert e; active[0] experts have any, active[1:] lists them.
-    inline void sort_by_expert(int rows, Rows<int32_t> ids, int32_t *pairs, int32_t *begin, int32_t *active,
-                               int32_t *next) {
-      memset(begin, 0, (EXPERTS + 1) * sizeof(int32_t));
-      for (int t = 0; t < rows; t++)
-        for (int j = 0; j < TOP_K; j++) begin[ids[t][j] + 1]++;
-      active[0] = 0;
-      for (int e = 0; e < EXPERTS; e++) {
-        if (begin[e + 1]) active[++active[0]] = e;
-        next[e] = begin[e];
-        begin[e + 1] += begin[e];
+// Counting sort: the pairs[begin[e] : begin[e + 1]] chose expert e.  active[0] experts have any;
+// active[1:] lists them.
+inline void sort_by_expert(int rows, Rows<int32_t> ids, int32_t *pairs, int32_t *begin,
+                           int32_t *active, int32_t *next) {
+  memset(begin, 0, (EXPERTS + 1) * sizeof(int32_t));
+  for (int t = 0; t < rows; t++)
+    for (int j = 0; j < TOP_K; j++) begin[ids[t][j] + 1]++;
+  active[0] = 0;
+  for (int e = 0; e < EXPERTS; e++) {
+    if (begin[e + 1]) active[++active[0]] = e;
+    next[e] = begin[e];
+    begin[e + 1] += begin[e];
+  }
+  for (int t = 0; t < rows; t++)
+    for (int j = 0; j < TOP_K; j++) pairs[next[ids[t][j]]++] = t * TOP_K + j;
+}
+
+$signature
+  const Up up{{$up_members, PARTS * INTER, HIDDEN}};
+  const Down down{{$down_members, HIDDEN, INTER}};
+  Scratch shared{th.shared}, scratch{th.local};
+  float *xs = shared.take<float>(XS), *inner = shared.take<float>(INNER);
+  int32_t *pairs = shared.take<int32_t>(SLOTS);
+  int32_t *begin = shared.take<int32_t>(EXPERTS + 1);
+  int32_t *active = shared.take<int32_t>(EXPERTS + 1);
+  float *panel = scratch.take<float>(PANEL_ROWS * packed(WIDEST));
+  $tiles
+  int32_t *next = scratch.take<int32_t>(EXPERTS);
+  const float *rows_of[TOKENS];
+
+  if (th.id == 0) sort_by_expert(rows, ids, pairs, begin, active, next);
+  for (int t = th.share(rows, 0); t < th.share(rows, 1); t++)
+    pack<Up>(xs + (size_t)t * packed(HIDDEN), x[t], HIDDEN);
+  th.barrier();
+
+  const int inner_chunks = ceil_div(INTER, CHUNK), inner_jobs = active[0] * inner_chunks;
+  for (int job = th.first_job(); job < inner_jobs; job = th.next_job()) {
+    const int e = active[1 + job / inner_chunks], i0 = job % inner_chunks * CHUNK;
+    const int count = min(CHUNK, INTER - i0);
+    const Up w = up.expert(e);
+    for (int s0 = begin[e]; s0 < begin[e + 1]; s0 += TOKENS) {
+      const int tokens = min(TOKENS, begin[e + 1] - s0);
+      for (int t = 0; t < tokens; t++)
+        rows_of[t] = xs + (size_t)(pairs[s0 + t] / TOP_K) * packed(HIDDEN);
+      $products
+      for (int t = 0; t < tokens; t++) {
+        alignas(64) float value[CHUNK];
+        for (int i = 0; i < count; i += LANES) {
+          $loads
+          store(value + i, $value);
+        }
+        pack<Down>(inner + (size_t)(s0 + t) * packed(INTER) + i0, value, count);
       }
-      for (int t = 0; t < rows; t++)
-        for (int j = 0; j < TOP_K; j++) pairs[next[ids[t][j]]++] = t * TOP_K + j;
     }
+  }
+  th.barrier();
 
-    TM_NOINLINE void run(Thread &th, int rows, Rows<float> x, Rows<int32_t> ids, Rows<float> weights, $weights$residual,
-                         Rows<float> out) {
-      const Up up{{$up_members, PARTS * INTER, HIDDEN}};
-      const Down down{{$down_members, HIDDEN, INTER}};
-      Scratch shared{th.shared}, scratch{th.local};
-      float *xs = shared.take<float>((size_t)MAX_ROWS * packed(HIDDEN));
-      float *inner = shared.take<float>((size_t)SLOTS * packed(INTER));
-      int32_t *pairs = shared.take<int32_t>(SLOTS);
-      int32_t *begin = shared.take<int32_t>(EXPERTS + 1), *active = shared.take<int32_t>(EXPERTS + 1);
-      float *panel = scratch.take<float>(PANEL_ROWS * packed(WIDEST));
-      $tiles
-      int32_t *next = scratch.take<int32_t>(EXPERTS);
-      const float *rows_of[TOKENS];
-
-      if (th.id == 0) sort_by_expert(rows, ids, pairs, begin, active, next);
-      for (int t = th.share(rows, 0); t < th.share(rows, 1); t++) pack<Up>(xs + (size_t)t * packed(HIDDEN), x[t], HIDDEN);
-      th.barrier();
-
-      const int inner_chunks = ceil_div(INTER, CHUNK), inner_jobs = active[0] * inner_chunks;
-      for (int job = th.first_job(); job < inner_jobs; job = th.next_job()) {
-        const int e = active[1 + job / inner_chunks], i0 = job % inner_chunks * CHUNK, count = min(CHUNK, INTER - i0);
-        const Up w = up.expert(e);
-        for (int s0 = begin[e]; s0 < begin[e + 1]; s0 += TOKENS) {
-          const int tokens = min(TOKENS, begin[e + 1] - s0);
-          for (int t = 0; t < tokens; t++) rows_of[t] = xs + (size_t)(pairs[s0 + t] / TOP_K) * packed(HIDDEN);
-          $products
-          for (int t = 0; t < tokens; t++) {
-            alignas(64) float value[CHUNK];
-            for (int i = 0; i < count; i += LANES) {
-              $loads
-              store(value + i, $value);
-            }
-            pack<Down>(inner + (size_t)(s0 + t) * packed(INTER) + i0, value, count);
+  const int jobs = rows ? ceil_div(HIDDEN, CHUNK) : 0;
+  for (int job = th.first_job(); job < jobs; job = th.next_job()) {
+    const int n0 = job * CHUNK, count = min(CHUNK, HIDDEN - n0);
+    for (int t = 0; t < rows; t++)
+      for (int i = 0; i < count; i += LANES)
+        store_n(out[t] + n0 + i, $start, count - i);
+    for (int a = 1; a <= active[0]; a++) {
+      const int e = active[a];
+      const Down w = down.expert(e);
+      for (int s0 = begin[e]; s0 < begin[e + 1]; s0 += TOKENS) {
+        const int tokens = min(TOKENS, begin[e + 1] - s0);
+        for (int t = 0; t < tokens; t++)
+          rows_of[t] = inner + (size_t)(s0 + t) * packed(INTER);
+        matmul(w, n0, count, rows_of, tokens, panel, y0);
+        for (int t = 0; t < tokens; t++) {
+          const int token = pairs[s0 + t] / TOP_K, choice = pairs[s0 + t] % TOP_K;
+          float *sum = out[token] + n0;
+          for (int i = 0; i < count; i += LANES) {
+            const vf y = weights[token][choice] * load(y0 + t * CHUNK + i);
+            store_n(sum + i, load_n(sum + i, count - i) + y, count - i);
           }
         }
       }
-      th.barrier();
-
-      const int jobs = rows ? ceil_div(HIDDEN, CHUNK) : 0;
-      for (int job = th.first_job(); job < jobs; job = th.next_job()) {
-        const int n0 = job * CHUNK, count = min(CHUNK, HIDDEN - n0);
-        for (int t = 0; t < rows; t++)
-          for (int i = 0; i < count; i += LANES) store_n(out[t] + n0 + i, $start, count - i);
-        for (int a = 1; a <= active[0]; a++) {
-          const int e = active[a];
-          const Down w = down.expert(e);
-          for (int s0 = begin[e]; s0 < begin[e + 1]; s0 += TOKENS) {
-            const int tokens = min(TOKENS, begin[e + 1] - s0);
-            for (int t = 0; t < tokens; t++) rows_of[t] = inner + (size_t)(s0 + t) * packed(INTER);
-            matmul(w, n0, count, rows_of, tokens, panel, y0);
-            for (int t = 0; t < tokens; t++) {
-              const int token = pairs[s0 + t] / TOP_K, choice = pairs[s0 + t] % TOP_K;
-              float *sum = out[token] + n0;
-              for (int i = 0; i < count; i += LANES)
-                store_n(sum + i, load_n(sum + i, count - i) + weights[token][choice] * load(y0 + t * CHUNK + i), count - i);
-            }
-          }
-        }
-      }
     }
-    }  // namespace $symbol
+  }
+}
+}  // namespace $symbol
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...ir.plan import Linear
 from .expr import vector_code
-from .text import fill, format_name, weight_params, weight_parts, weight_type
+from .text import fill, format_name, signature, weight_params, weight_parts, weight_type
 
 HEADER = "matmul.h"
 
@@ -27,7 +27,7 @@ def emit(spec: Linear, name: str) -> str:
         parts=spec.parts,
         weight=weight_type(spec.format),
         equation=f"out[t, n] = {spec.epilogue},  acc_p = w[p N + n, :] . x[t, :]{bias}",
-        params="".join(f", {p}" for p in _params(spec)),
+        signature=signature("Rows<float> x", *_params(spec), "Rows<float> out"),
         members=weight_parts(spec.format),
         tiles="\n".join(f"float *y{p} = scratch.take<float>(TOKENS * CHUNK);" for p in parts),
         products="\n".join(
@@ -40,14 +40,17 @@ def emit(spec: Linear, name: str) -> str:
 
 def _params(spec: Linear) -> list[str]:
     bias = ["const void *bias"] if spec.bias else []
-    kinds = {"row": "Rows<float>", "channel": "const void *"}
-    extras = [f"{kinds[kind]} x{i}".replace("* x", "*x") for i, kind in enumerate(spec.extras)]
-    return [weight_params(spec.format), *bias, *extras]
+    kinds = {"row": "Rows<float> ", "channel": "const void *"}
+    extras = [f"{kinds[kind]}x{i}" for i, kind in enumerate(spec.extras)]
+    return [*weight_params(spec.format), *bias, *extras]
 
 
 def _accumulator(spec: Linear, part: int) -> str:
-    bias = f" + load_n((const float *)bias + {part} * N + n0 + i, count - i)" if spec.bias else ""
-    return f"const vf acc{part} = load(y{part} + t * CHUNK + i){bias};"
+    product = f"load(y{part} + t * CHUNK + i)"
+    if not spec.bias:
+        return f"const vf acc{part} = {product};"
+    at = f"(const float *)bias + {part} * N + n0 + i"
+    return f"const vf bias{part} = load_n({at}, count - i);\nconst vf acc{part} = {product} + bias{part};"
 
 
 def _extras(spec: Linear) -> list[str]:
@@ -59,41 +62,41 @@ def _extras(spec: Linear) -> list[str]:
 
 
 TEMPLATE = """
-    // $equation
-    // x [rows, $k], w [$parts * $n, $k], out [rows, $n]
-    namespace $symbol {
-    constexpr int N = $n, K = $k, PARTS = $parts, TOKENS = block_tokens(K);
-    using W = $weight;
-    constexpr size_t SHARED = 0;
-    constexpr size_t LOCAL = Scratch::bytes<float>(TOKENS * packed(K)) + Scratch::bytes<float>(PANEL_ROWS * packed(K)) +
-                             PARTS * Scratch::bytes<float>(TOKENS * CHUNK);
+// $equation
+// x [rows, $k], w [$parts * $n, $k], out [rows, $n]
+namespace $symbol {
+constexpr int N = $n, K = $k, PARTS = $parts, TOKENS = block_tokens(K);
+using W = $weight;
+constexpr size_t SHARED = 0;
+constexpr size_t LOCAL =
+    Scratch::sizes<float>(TOKENS * packed(K), PANEL_ROWS * packed(K), PARTS * TOKENS * CHUNK);
 
-    TM_NOINLINE void run(Thread &th, int rows, Rows<float> x$params, Rows<float> out) {
-      const W weight{{$members, PARTS * N, K}};
-      Scratch scratch{th.local};
-      float *pack_at = scratch.take<float>(TOKENS * packed(K));
-      float *panel = scratch.take<float>(PANEL_ROWS * packed(K));
-      $tiles
-      const float *xs[TOKENS];
-      for (int t = 0; t < TOKENS; t++) xs[t] = pack_at + t * packed(K);
+$signature
+  const W weight{{$members, PARTS * N, K}};
+  Scratch scratch{th.local};
+  float *pack_at = scratch.take<float>(TOKENS * packed(K));
+  float *panel = scratch.take<float>(PANEL_ROWS * packed(K));
+  $tiles
+  const float *xs[TOKENS];
+  for (int t = 0; t < TOKENS; t++) xs[t] = pack_at + t * packed(K);
 
-      // A job is CHUNK output columns of one block of tokens; a thread packs a block when it first meets it.
-      const int chunks = ceil_div(N, CHUNK), jobs = ceil_div(rows, TOKENS) * chunks;
-      int in_pack = -1;
-      for (int job = th.first_job(); job < jobs; job = th.next_job()) {
-        const int t0 = job / chunks * TOKENS, n0 = job % chunks * CHUNK;
-        const int tokens = min(TOKENS, rows - t0), count = min(CHUNK, N - n0);
-        if (in_pack != t0) {
-          for (int t = 0; t < tokens; t++) pack<W>(pack_at + t * packed(K), x[t0 + t], K);
-          in_pack = t0;
-        }
-        $products
-        for (int t = 0; t < tokens; t++)
-          for (int i = 0; i < count; i += LANES) {
-            $loads
-            store_n(out[t0 + t] + n0 + i, $value, count - i);
-          }
-      }
+  // A job is CHUNK output columns of one block of tokens; a thread packs a block when it meets it.
+  const int chunks = ceil_div(N, CHUNK), jobs = ceil_div(rows, TOKENS) * chunks;
+  int in_pack = -1;
+  for (int job = th.first_job(); job < jobs; job = th.next_job()) {
+    const int t0 = job / chunks * TOKENS, n0 = job % chunks * CHUNK;
+    const int tokens = min(TOKENS, rows - t0), count = min(CHUNK, N - n0);
+    if (in_pack != t0) {
+      for (int t = 0; t < tokens; t++) pack<W>(pack_at + t * packed(K), x[t0 + t], K);
+      in_pack = t0;
     }
-    }  // namespace $symbol
+    $products
+    for (int t = 0; t < tokens; t++)
+      for (int i = 0; i < count; i += LANES) {
+        $loads
+        store_n(out[t0 + t] + n0 + i, $value, count - i);
+      }
+  }
+}
+}  // namespace $symbol
 """

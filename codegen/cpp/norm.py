@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...ir.plan import Norm
 from .expr import literal
-from .text import fill
+from .text import fill, signature
 
 HEADER = "simd.h"
 
@@ -16,11 +16,8 @@ def symbol(spec: Norm) -> str:
 
 
 def emit(spec: Norm, name: str) -> str:
-    value = "v * scale"
-    if spec.weight:
-        value += " * load_n((const float *)weight + i, WIDTH - i)"
-    if spec.bias:
-        value += " + load_n((const float *)bias + i, WIDTH - i)"
+    channels = [p for p, there in (("weight", spec.weight), ("bias", spec.bias)) if there]
+    value = "v * scale" + " * w" * spec.weight + " + b" * spec.bias
     return fill(
         TEMPLATE,
         symbol=name,
@@ -28,35 +25,39 @@ def emit(spec: Norm, name: str) -> str:
         heads=spec.heads,
         width=spec.width,
         eps=literal(spec.eps),
-        params="".join(_params(spec)),
+        signature=signature("Rows<float> x", *_params(spec), "Rows<float> out"),
         kept="sum" if spec.residual else "x",
         add=ADD_RESIDUAL if spec.residual else "",
         center=CENTER if spec.center else "",
         moment="centered * centered" if spec.center else "v * v",
         moment_value=MASKED if spec.center else "",
         minus_mean=" - mean" if spec.center else "",
+        channels="\n".join(
+            f"const vf {p[0]} = load_n((const float *){p} + i, WIDTH - i);" for p in channels
+        ),
         value=value,
     )
 
 
 def _equation(spec: Norm) -> str:
     x = "(x + residual)" if spec.residual else "x"
-    body = f"({x} - mean) / std" if spec.center else f"{x} / rms({x})"
+    body = f"({x} - mean) / std" if spec.center else f"{x} / rms({x.strip('()')})"
     return f"out = {body}" + (" * weight" if spec.weight else "") + (" + bias" if spec.bias else "")
 
 
 def _params(spec: Norm) -> list[str]:
     return [
-        *([", Rows<float> residual"] if spec.residual else []),
-        *([", const void *weight"] if spec.weight else []),
-        *([", const void *bias"] if spec.bias else []),
-        *([", Rows<float> sum"] if spec.residual else []),
+        *(["Rows<float> residual"] if spec.residual else []),
+        *(["const void *weight"] if spec.weight else []),
+        *(["const void *bias"] if spec.bias else []),
+        *(["Rows<float> sum"] if spec.residual else []),
     ]
 
 
 ADD_RESIDUAL = """
+const float *a = x[r] + h * WIDTH, *b = residual[r] + h * WIDTH;
 for (int i = 0; i < WIDTH; i += LANES)
-  store_n(kept + i, load_n(x[r] + h * WIDTH + i, WIDTH - i) + load_n(residual[r] + h * WIDTH + i, WIDTH - i), WIDTH - i);
+  store_n(kept + i, load_n(a + i, WIDTH - i) + load_n(b + i, WIDTH - i), WIDTH - i);
 """.strip()
 CENTER = """
 vf total = {};
@@ -66,30 +67,31 @@ const float mean = mill::sum(total) / WIDTH;
 MASKED = "const vf centered = select(iota() + (float)i < (float)WIDTH, v - mean, vf{});"
 
 TEMPLATE = """
-    // $equation,  per row and head of [rows, $heads, $width]
-    namespace $symbol {
-    constexpr int HEADS = $heads, WIDTH = $width;
-    constexpr float EPS = $eps;
-    constexpr size_t SHARED = 0, LOCAL = 0;
+// $equation,  per row and head of [rows, $heads, $width]
+namespace $symbol {
+constexpr int HEADS = $heads, WIDTH = $width;
+constexpr float EPS = $eps;
+constexpr size_t SHARED = 0, LOCAL = 0;
 
-    TM_NOINLINE void run(Thread &th, int rows, Rows<float> x$params, Rows<float> out) {
-      for (int r = th.share(rows, 0); r < th.share(rows, 1); r++)
-        for (int h = 0; h < HEADS; h++) {
-          float *kept = $kept[r] + h * WIDTH;
-          $add
-          $center
-          vf squares = {};
-          for (int i = 0; i < WIDTH; i += LANES) {
-            const vf v = load_n(kept + i, WIDTH - i);
-            $moment_value
-            squares += $moment;
-          }
-          const float scale = 1.0f / __builtin_sqrtf(mill::sum(squares) / WIDTH + EPS);
-          for (int i = 0; i < WIDTH; i += LANES) {
-            const vf v = load_n(kept + i, WIDTH - i)$minus_mean;
-            store_n(out[r] + h * WIDTH + i, $value, WIDTH - i);
-          }
-        }
+$signature
+  for (int r = th.share(rows, 0); r < th.share(rows, 1); r++)
+    for (int h = 0; h < HEADS; h++) {
+      float *kept = $kept[r] + h * WIDTH;
+      $add
+      $center
+      vf squares = {};
+      for (int i = 0; i < WIDTH; i += LANES) {
+        const vf v = load_n(kept + i, WIDTH - i);
+        $moment_value
+        squares += $moment;
+      }
+      const float scale = 1.0f / __builtin_sqrtf(mill::sum(squares) / WIDTH + EPS);
+      for (int i = 0; i < WIDTH; i += LANES) {
+        const vf v = load_n(kept + i, WIDTH - i)$minus_mean;
+        $channels
+        store_n(out[r] + h * WIDTH + i, $value, WIDTH - i);
+      }
     }
-    }  // namespace $symbol
+}
+}  // namespace $symbol
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...ir.plan import Pointwise
 from .expr import vector_code
-from .text import fill
+from .text import fill, signature
 
 HEADER = "simd.h"
 
@@ -27,24 +27,24 @@ def emit(spec: Pointwise, name: str) -> str:
         symbol=name,
         expr=spec.expr,
         width=spec.width,
-        params="".join(f", {_PARAM[kind].format(i=i)}" for i, kind in kinds),
+        signature=signature(*(_PARAM[kind].format(i=i) for i, kind in kinds), "Rows<float> out"),
         loads="\n".join(f"const vf x{i} = {_LOAD[kind].format(i=i)};" for i, kind in kinds),
         value=vector_code(spec.expr),
     )
 
 
 TEMPLATE = """
-    // out[r, i] = $expr
-    namespace $symbol {
-    constexpr int WIDTH = $width;
-    constexpr size_t SHARED = 0, LOCAL = 0;
+// out[r, i] = $expr
+namespace $symbol {
+constexpr int WIDTH = $width;
+constexpr size_t SHARED = 0, LOCAL = 0;
 
-    TM_NOINLINE void run(Thread &th, int rows$params, Rows<float> out) {
-      for (int r = th.share(rows, 0); r < th.share(rows, 1); r++)
-        for (int i = 0; i < WIDTH; i += LANES) {
-          $loads
-          store_n(out[r] + i, $value, WIDTH - i);
-        }
+$signature
+  for (int r = th.share(rows, 0); r < th.share(rows, 1); r++)
+    for (int i = 0; i < WIDTH; i += LANES) {
+      $loads
+      store_n(out[r] + i, $value, WIDTH - i);
     }
-    }  // namespace $symbol
+}
+}  // namespace $symbol
 """

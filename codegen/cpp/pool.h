@@ -96,6 +96,11 @@ struct Scratch {
   static constexpr size_t bytes(size_t count) {
     return (count * sizeof(T) + 63) / 64 * 64;
   }
+  // Bytes of several arrays of T.
+  template <class T, class... Counts>
+  static constexpr size_t sizes(Counts... counts) {
+    return (bytes<T>((size_t)counts) + ...);
+  }
 };
 
 // Rows of an arena buffer, from some column on.

@@ -45,22 +45,24 @@ for (int i = 0; i < HALF; i++) {
 """.strip()
 
 TEMPLATE = """
-    // (a, b) -> (a cos - b sin, b cos + a sin) for the pairs $pairs of columns $offset + [0, $rotary) of each head
-    namespace $symbol {
-    constexpr int HEADS = $heads, DIM = $dim, OFFSET = $offset, ROTARY = $rotary, HALF = ROTARY / 2;
-    constexpr size_t SHARED = 0, LOCAL = 0;
+// (a, b) -> (a cos - b sin, b cos + a sin) for the pairs $pairs of columns
+// $offset + [0, $rotary) of each head
+namespace $symbol {
+constexpr int HEADS = $heads, DIM = $dim, OFFSET = $offset, ROTARY = $rotary, HALF = ROTARY / 2;
+constexpr size_t SHARED = 0, LOCAL = 0;
 
-    TM_NOINLINE void run(Thread &th, int rows, Rows<float> x, Rows<float> cos, Rows<float> sin, Rows<float> out) {
-      for (int r = th.share(rows, 0); r < th.share(rows, 1); r++)
-        for (int h = 0; h < HEADS; h++) {
-          const float *head = x[r] + h * DIM, *from = head + OFFSET;
-          float *head_out = out[r] + h * DIM, *to = head_out + OFFSET;
-          if (head != head_out) {
-            memcpy(head_out, head, OFFSET * sizeof(float));
-            memcpy(to + ROTARY, from + ROTARY, (DIM - OFFSET - ROTARY) * sizeof(float));
-          }
-          $rotate
-        }
+TM_NOINLINE void run(Thread &th, int rows, Rows<float> x, Rows<float> cos, Rows<float> sin,
+                     Rows<float> out) {
+  for (int r = th.share(rows, 0); r < th.share(rows, 1); r++)
+    for (int h = 0; h < HEADS; h++) {
+      const float *head = x[r] + h * DIM, *from = head + OFFSET;
+      float *head_out = out[r] + h * DIM, *to = head_out + OFFSET;
+      if (head != head_out) {
+        memcpy(head_out, head, OFFSET * sizeof(float));
+        memcpy(to + ROTARY, from + ROTARY, (DIM - OFFSET - ROTARY) * sizeof(float));
+      }
+      $rotate
     }
-    }  // namespace $symbol
+}
+}  // namespace $symbol
 """

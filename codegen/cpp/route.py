@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...ir.plan import Route
 from ...ir.router import RouterSpec
 from .expr import literal
-from .text import fill
+from .text import fill, signature
 
 HEADER = "route.h"
 
@@ -29,22 +29,26 @@ def emit(spec: Route, name: str) -> str:
         top_groups=r.top_groups,
         epsilon=literal(r.epsilon),
         scale=literal(r.scale),
-        bias=", const void *bias" if r.bias else "",
+        signature=signature(
+            "Rows<float> logits",
+            *(["const void *bias"] if r.bias else []),
+            *("Rows<int32_t> ids", "Rows<float> weights"),
+        ),
         score=_scores(r.score, "score", "logits[t]", "EXPERTS"),
         after=_scores(r.after, "chosen", "chosen", "TOP_K") if r.after != "identity" else "",
-        plus_bias=" + load_n((const float *)bias + i, EXPERTS - i)" if r.bias else "",
+        add_bias=ADD_BIAS if r.bias else "",
         groups_code=fill(GROUPS, rank=rank) if r.groups > 1 else "",
         renormalize=RENORMALIZE if r.renormalize else "",
     )
 
 
 def _meaning(r: RouterSpec) -> str:
-    groups = (
-        f", the best {r.top_groups} of {r.groups} groups by {r.group_score}" if r.groups > 1 else ""
-    )
+    bias = " (+ bias to choose)" if r.bias else ""
+    best = f", the best {r.top_groups} of {r.groups} groups by {r.group_score}"
+    groups = best if r.groups > 1 else ""
     after = f" -> {r.after}" if r.after != "identity" else ""
     norm = " / sum" if r.renormalize else ""
-    return f"{r.score}{' (+ bias to choose)' if r.bias else ''}{groups} -> top {r.top_k}{after}{norm} * {r.scale}"
+    return f"{r.score}{bias}{groups} -> top {r.top_k}{after}{norm} * {r.scale}"
 
 
 def _scores(score: str, out: str, source: str, n: str) -> str:
@@ -52,9 +56,16 @@ def _scores(score: str, out: str, source: str, n: str) -> str:
     if score == "softmax":
         return f"softmax({source}, {n}, {out});"
     value = {"sigmoid": "sigmoid(v)", "sqrt_softplus": "sqrt(softplus(v))", "identity": "v"}[score]
-    return f"for (int i = 0; i < {n}; i += LANES) {{\n  const vf v = load_n({source} + i, {n} - i);\n  store({out} + i, {value});\n}}"
+    return fill(EACH_SCORE, out=out, source=source, n=n, value=value)
 
 
+ADD_BIAS = "for (int i = 0; i < EXPERTS; i++) choice[i] += ((const float *)bias)[i];"
+EACH_SCORE = """
+for (int i = 0; i < $n; i += LANES) {
+  const vf v = load_n($source + i, $n - i);
+  store($out + i, $value);
+}
+"""
 GROUPS = """
 constexpr int SIZE = EXPERTS / GROUPS;
 float rank[GROUPS];
@@ -81,30 +92,32 @@ factor /= sum + EPSILON;
 """.strip()
 
 TEMPLATE = """
-    // ids, weights [rows, $top_k] of logits [rows, $experts]: $meaning
-    namespace $symbol {
-    constexpr int EXPERTS = $experts, TOP_K = $top_k, GROUPS = $groups, TOP_GROUPS = $top_groups;
-    constexpr float EPSILON = $epsilon, SCALE = $scale;
-    constexpr int PADDED = round_up(EXPERTS, LANES);
-    constexpr size_t SHARED = 0;
-    constexpr size_t LOCAL = 2 * Scratch::bytes<float>(PADDED) + Scratch::bytes<uint8_t>(EXPERTS);
+// ids, weights [rows, $top_k] of logits [rows, $experts]:
+// $meaning
+namespace $symbol {
+constexpr int EXPERTS = $experts, TOP_K = $top_k, GROUPS = $groups, TOP_GROUPS = $top_groups;
+constexpr float EPSILON = $epsilon, SCALE = $scale;
+constexpr int PADDED = round_up(EXPERTS, LANES);
+constexpr size_t SHARED = 0;
+constexpr size_t LOCAL = 2 * Scratch::bytes<float>(PADDED) + Scratch::bytes<uint8_t>(EXPERTS);
 
-    TM_NOINLINE void run(Thread &th, int rows, Rows<float> logits$bias, Rows<int32_t> ids, Rows<float> weights) {
-      Scratch scratch{th.local};
-      float *score = scratch.take<float>(PADDED), *choice = scratch.take<float>(PADDED);
-      uint8_t *taken = scratch.take<uint8_t>(EXPERTS);
-      alignas(64) float chosen[round_up(TOP_K, LANES)];
-      for (int t = th.share(rows, 0); t < th.share(rows, 1); t++) {
-        $score
-        for (int i = 0; i < EXPERTS; i += LANES) store(choice + i, load(score + i)$plus_bias);
-        $groups_code
-        top(choice, EXPERTS, TOP_K, ids[t], taken);
-        for (int j = 0; j < TOP_K; j++) chosen[j] = score[ids[t][j]];
-        $after
-        float factor = SCALE;
-        $renormalize
-        for (int j = 0; j < TOP_K; j++) weights[t][j] = chosen[j] * factor;
-      }
-    }
-    }  // namespace $symbol
+$signature
+  Scratch scratch{th.local};
+  float *score = scratch.take<float>(PADDED), *choice = scratch.take<float>(PADDED);
+  uint8_t *taken = scratch.take<uint8_t>(EXPERTS);
+  alignas(64) float chosen[round_up(TOP_K, LANES)];
+  for (int t = th.share(rows, 0); t < th.share(rows, 1); t++) {
+    $score
+    memcpy(choice, score, EXPERTS * sizeof(float));
+    $add_bias
+    $groups_code
+    top(choice, EXPERTS, TOP_K, ids[t], taken);
+    for (int j = 0; j < TOP_K; j++) chosen[j] = score[ids[t][j]];
+    $after
+    float factor = SCALE;
+    $renormalize
+    for (int j = 0; j < TOP_K; j++) weights[t][j] = chosen[j] * factor;
+  }
+}
+}  // namespace $symbol
 """

@@ -17,13 +17,15 @@ def emit(spec: SelectRows, name: str) -> str:
 
 
 TEMPLATE = """
-    // out[r] = x[index[r]]
-    namespace $symbol {
-    constexpr int WIDTH = $width;
-    constexpr size_t SHARED = 0, LOCAL = 0;
+// out[r] = x[index[r]]
+namespace $symbol {
+constexpr int WIDTH = $width;
+constexpr size_t SHARED = 0, LOCAL = 0;
 
-    TM_NOINLINE void run(Thread &th, int rows, Rows<float> x, const int32_t *index, Rows<float> out) {
-      for (int r = th.share(rows, 0); r < th.share(rows, 1); r++) memcpy(out[r], x[index[r]], WIDTH * sizeof(float));
-    }
-    }  // namespace $symbol
+TM_NOINLINE void run(Thread &th, int rows, Rows<float> x, const int32_t *index,
+                     Rows<float> out) {
+  for (int r = th.share(rows, 0); r < th.share(rows, 1); r++)
+    memcpy(out[r], x[index[r]], WIDTH * sizeof(float));
+}
+}  // namespace $symbol
 """

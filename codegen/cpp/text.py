@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from string import Template
 from textwrap import dedent
 
 from ...ir import quant
+
+WIDTH = 100  # columns of emitted text
 
 
 def fill(template: str, **names: object) -> str:
@@ -26,6 +29,28 @@ def fill(template: str, **names: object) -> str:
     return "\n".join(lines) + "\n"
 
 
+def call(head: str, args: Sequence[str], tail: str, indent: int = 0) -> str:
+    """``head`` + comma-separated ``args`` + ``tail``, further lines aligned with the first argument.
+
+    >>> print(call("f(", ["a" * 50, "b" * 50], ");"))
+    f(aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa,
+      bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb);
+    """
+    lines = [head]
+    for arg, end in zip(args, [", "] * (len(args) - 1) + [tail], strict=True):
+        full = len(lines[-1] + arg + end.rstrip()) + indent > WIDTH
+        if full and len(lines[-1]) > len(head):
+            lines[-1] = lines[-1].rstrip()
+            lines.append(" " * len(head))
+        lines[-1] += arg + end
+    return "\n".join(lines)
+
+
+def signature(*params: str) -> str:
+    """The head of a kernel with these operands."""
+    return call("TM_NOINLINE void run(", ["Thread &th", "int rows", *params], ") {")
+
+
 def weight_type(fmt: str) -> str:
     """The decoder of a weight format in weights.h."""
     spec = quant.parse(fmt)
@@ -36,9 +61,9 @@ def weight_type(fmt: str) -> str:
     )
 
 
-def weight_params(fmt: str, prefix: str = "") -> str:
+def weight_params(fmt: str, prefix: str = "") -> list[str]:
     """Parameters of a kernel for the parts of a weight."""
-    return ", ".join(f"const void *{prefix}{p}" for p in quant.parse(fmt).parts)
+    return [f"const void *{prefix}{p}" for p in quant.parse(fmt).parts]
 
 
 def weight_parts(fmt: str, prefix: str = "") -> str:

@@ -100,6 +100,27 @@ def outputs_of(spec: KernelSpec) -> tuple[str, ...]:
     return ("out",)
 
 
+def aligned(size: int) -> Tensor:
+    """``size`` bytes on a cache line, all ones: NaN as float."""
+    space = torch.full((size + 64,), 255, dtype=torch.uint8)
+    return space[-space.data_ptr() % 64 :][:size]
+
+
+def pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * max(1, len(tensors)))(*(t.data_ptr() for t in tensors))
+
+
+def load_library(binary: bytes) -> ctypes.CDLL:
+    """The library, with the results of its functions typed."""
+    with tempfile.NamedTemporaryFile(suffix=".so") as file:
+        Path(file.name).write_bytes(binary)
+        library = ctypes.CDLL(file.name)
+    library.tm_isa.restype = ctypes.c_char_p
+    library.tm_pool_create.restype = ctypes.c_void_p
+    library.tm_workspace_bytes.restype = ctypes.c_int64
+    return library
+
+
 @dataclass
 class Kernels:
     """A built plan whose step ``i`` runs ``specs[i]`` alone on buffers of its own."""
@@ -115,25 +136,16 @@ class Kernels:
         self.weights = [weights_of(spec, self.rng) for spec in self.specs]
         self.plan = _plan(self.specs, self.weights, self.in_place)
         self.caches = {c.name: cache.allocate(c, PAGES) for c in self.plan.caches}
-        self.arena = torch.zeros(self.plan.arena_bytes + 64, dtype=torch.uint8)
-        self.arena = self.arena[-self.arena.data_ptr() % 64 :][: self.plan.arena_bytes]
-        target = parse_target(self.target)
+        self.arena = aligned(self.plan.arena_bytes)
         self.files = codegen.emit(self.plan, self.target)
-        with tempfile.NamedTemporaryFile(suffix=".so") as file:
-            Path(file.name).write_bytes(build.build_cpu(self.files, target))
-            self.library = ctypes.CDLL(file.name)
-        self.library.tm_isa.restype = ctypes.c_char_p
-        self.library.tm_pool_create.restype = ctypes.c_void_p
-        self.library.tm_workspace_bytes.restype = ctypes.c_int64
+        self.library = load_library(build.build_cpu(self.files, parse_target(self.target)))
         self.pools: dict[int, tuple[ctypes.c_void_p, Tensor]] = {}
 
     def pool(self, threads: int) -> tuple[ctypes.c_void_p, Tensor]:
         """A pool with its workspace, which starts as NaN."""
         if threads not in self.pools:
             pool = ctypes.c_void_p(self.library.tm_pool_create(threads))
-            size = self.library.tm_workspace_bytes(threads)
-            space = torch.full((size + 64,), 255, dtype=torch.uint8)
-            self.pools[threads] = pool, space[-space.data_ptr() % 64 :][:size]
+            self.pools[threads] = pool, aligned(self.library.tm_workspace_bytes(threads))
         return self.pools[threads]
 
     def close(self) -> None:
@@ -208,10 +220,7 @@ class Kernels:
         self, batch: Batch, ids: Tensor, rows: Tensor, threads: int
     ) -> tuple[Args, list[object]]:
         flat = [t for parts in self.weights for t in parts.values()]
-        weights = (ctypes.c_void_p * max(1, len(flat)))(*(t.data_ptr() for t in flat))
-        caches = (ctypes.c_void_p * max(1, len(self.caches)))(
-            *(c.data_ptr() for c in self.caches.values())
-        )
+        weights, caches = pointers(flat), pointers(list(self.caches.values()))
         ints = [t.int().contiguous() for t in (ids, *batch[:1], rows, *batch[1:])]
         ids, positions, rows, starts, table = ints
         args = Args(

@@ -130,6 +130,33 @@ def test_rope_never_overwrites_overlapping_columns() -> None:
     assert rope.bind["x"] != rope.bind["out"]
 
 
+def test_rope_spares_what_a_join_holds() -> None:
+    """The join's buffer holds x: turning x in place would turn it there too."""
+    b = Builder()
+    x, y = b.linear(b.embed(), "a", 4), b.linear(b.embed("other"), "b", 4)
+    joined = b(aten.cat.default, [x, y], -1)
+    turned = b(mill.rope.default, b.view(x, 1, -1, 1, 4), *b.angles(2), 0, False)
+    turned = b(aten.cat.default, [b.view(turned, 1, -1, 4), y], -1)
+    compiled(b.finish(b(aten.add.Tensor, b(aten.silu.default, joined), turned)))
+
+
+def test_rope_of_a_join_spares_its_parts() -> None:
+    b = Builder()
+    x, y = b.linear(b.embed(), "a", 4), b.linear(b.embed("other"), "b", 4)
+    heads = b.view(b(aten.cat.default, [x, y], -1), 1, -1, 2, 4)
+    turned = b.view(b(mill.rope.default, heads, *b.angles(2), 0, False), 1, -1, 8)
+    again = b(aten.cat.default, [b(aten.exp.default, y), b(aten.tanh.default, x)], -1)
+    compiled(b.finish(b(aten.add.Tensor, turned, again)))
+
+
+def test_routing_of_selected_rows() -> None:
+    b = Builder()
+    x = b(mill.select_rows.default, b.embed(width=11), b.rows)
+    weights = b(operator.getitem, b(mill.route.default, x, None, '{"top_k": 11}'), 1)
+    plan = checked(b.end(weights))
+    assert [s.rows for s in plan.steps] == ["tokens", "rows", "rows"]
+
+
 # --- joins ----------------------------------------------------------------------------------------
 
 
@@ -197,6 +224,13 @@ def test_operands_of_pointwise_steps() -> None:
         8, "x0 * x1 * x2 + x3", ("row", "scalar", "channel", "channel")
     )
     assert plan.buffers[step.bind["x2"].buffer].shape == (8,)
+
+
+def test_a_weight_that_is_one_number() -> None:
+    b = Builder()
+    b.program.weights.add("embed_scale", torch.tensor(5.5))
+    plan = compiled(b.finish(b(aten.mul.Tensor, b.embed(), b.weight("embed_scale"))), "int8")
+    assert plan.steps[1].spec == ir.Pointwise(8, "x0 * x1", ("row", "channel"))
 
 
 def test_weights_over_heads_are_spread_over_columns() -> None:

@@ -38,6 +38,13 @@ def test_roles_come_from_structure() -> None:
     assert not any("rope" in name for name in roles)
 
 
+def test_notes_tell_the_shares() -> None:
+    quantize, _ = _quantized(Recipe(weights="int4"))
+    shares = {note.split(":")[0]: float(note.split()[1].rstrip("%")) for note in quantize.notes}
+    assert set(shares) == {"fp32", "bf16", "int8", "int4-g32"}
+    assert abs(sum(shares.values()) - 100) < 0.1
+
+
 def test_bytes_are_what_is_stored() -> None:
     program = decoder()
     quantize = Quantize(Recipe(weights="int4"))

@@ -1,0 +1,172 @@
+"""One kernel per dialect op: how a call's arguments become a spec and its operands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import fx
+
+from ..ir import ops, plan
+from ..ir.plan import Operand, gqa_cache, latent_cache
+from ..ir.program import is_weight, shape
+from ..ir.quant import parse
+from .base import mill
+from .linears import Linear
+from .views import features, width
+
+if TYPE_CHECKING:
+    from .lower import Lowering
+
+
+def _embed(low: Lowering, node: fx.Node) -> None:
+    (table,), index, format = node.args
+    spec = plan.Embed(shape(table)[0], shape(table)[1], format)
+    low.emit(node, spec, index=low.operand(index), w=low.operand(table), out=low.out(node))
+
+
+def _select_rows(low: Lowering, node: fx.Node) -> None:
+    x, index = node.args
+    spec = plan.SelectRows(width(x))
+    low.emit(node, spec, x=low.operand(x), index=low.operand(index), out=low.out(node))
+
+
+def _heads(node: fx.Node) -> int:
+    return prod((features(node) or (1,))[:-1])
+
+
+def _rms_norm(low: Lowering, node: fx.Node) -> None:
+    x, weight, eps = node.args
+    spec = plan.Norm(shape(x)[-1], eps, _heads(x))
+    low.emit(node, spec, x=low.operand(x), weight=low.operand(weight), out=low.out(node))
+
+
+def _layer_norm(low: Lowering, node: fx.Node) -> None:
+    x, weight, bias, eps = node.args
+    affine = {k: w for k, w in (("weight", weight), ("bias", bias)) if w is not None}
+    spec = plan.Norm(shape(x)[-1], eps, _heads(x), True, weight is not None, bias is not None)
+    bind = {name: low.operand(w) for name, w in affine.items()}
+    low.emit(node, spec, x=low.operand(x), **bind, out=low.out(node))
+
+
+def _add_rms_norm(low: Lowering, node: fx.Node) -> None:
+    x, residual, weight, eps = node.args
+    spec = plan.Norm(shape(x)[-1], eps, _heads(x), residual=True)
+    inputs = {"x": x, "residual": residual, "weight": weight}
+    total, out = low.results(node, 2)
+    bind = {name: low.operand(n) for name, n in inputs.items()}
+    low.emit(node, spec, **bind, sum=total, out=out)
+
+
+def _linear(low: Lowering, node: fx.Node) -> None:
+    linear = Linear(*node.args)
+    kinds: tuple[Literal["row", "channel"], ...] = tuple(
+        "channel" if is_weight(e) else "row" for e in linear.extras
+    )
+    n, k, has_bias = width(node), width(linear.x), linear.bias is not None
+    spec = plan.Linear(n, k, linear.format, has_bias, linear.parts, linear.epilogue, kinds)
+    bind = {"x": low.operand(linear.x), **_parts(low, "", linear.format, linear.weight)}
+    if linear.bias is not None:
+        bind["bias"] = low.operand(linear.bias)
+    for i, extra in enumerate(linear.extras):
+        bind[f"e{i}"] = _broadcast(low, extra, node)
+    low.emit(node, spec, **bind, out=low.out(node))
+
+
+def _parts(low: Lowering, prefix: str, format: str, weight: list[fx.Node]) -> dict[str, Operand]:
+    names = parse(format).parts
+    return {f"{prefix}{p}": low.operand(n) for p, n in zip(names, weight, strict=True)}
+
+
+def _broadcast(low: Lowering, source: fx.Node, like: fx.Node) -> Operand:
+    return low.channel(source, like) if is_weight(source) else low.operand(source)
+
+
+def _pointwise(low: Lowering, node: fx.Node) -> None:
+    inputs, expression = node.args
+    spec = plan.Pointwise(width(node), expression, tuple(_kind(i, node) for i in inputs))
+    bind = {f"x{i}": _broadcast(low, n, node) for i, n in enumerate(inputs)}
+    low.emit(node, spec, **bind, out=low.out(node))
+
+
+def _kind(source: fx.Node, node: fx.Node) -> Literal["row", "scalar", "channel"]:
+    if is_weight(source):
+        return "channel"
+    return "row" if width(source) == width(node) else "scalar"
+
+
+def _rope(low: Lowering, node: fx.Node) -> None:
+    x, cos, sin, offset, interleaved = node.args
+    spec = plan.Rope(_heads(x), shape(x)[-1], 2 * width(cos), offset, interleaved)
+    angles = {"cos": low.operand(cos), "sin": low.operand(sin)}
+    source = low.operand(x)
+    low.emit(node, spec, x=source, **angles, out=low.out_over(x, node))
+
+
+def _cached_attention(low: Lowering, node: fx.Node) -> None:
+    q, k, v, sinks, cache, _, _, _, scale, window, softcap, format = node.args
+    heads, heads_kv, dims = _heads(q), _heads(k), (shape(k)[-1], shape(v)[-1])
+    parts = gqa_cache("", format, heads_kv, *dims).parts
+    _cache_write(low, node, plan.CacheWrite(format, parts), cache, k, v)
+    spec = plan.Attend(heads, heads_kv, *dims, scale, format, window, softcap, sinks is not None)
+    bind = {"sinks": low.operand(sinks)} if sinks is not None else {}
+    low.emit(node, spec, q=low.operand(q), **bind, cache=low.operand(cache), out=low.out(node))
+
+
+def _cached_latent_attention(low: Lowering, node: fx.Node) -> None:
+    q, latent, k_rope, w_uk, w_uv, cache, _, _, _, format, scale, cache_format = node.args
+    rank, rope = width(latent), width(k_rope)
+    heads, nope, value = _heads(q), shape(w_uk[0])[-2], shape(w_uv[0])[-2]
+    parts = latent_cache("", cache_format, rank, rope).parts
+    _cache_write(low, node, plan.CacheWrite(cache_format, parts), cache, latent, k_rope)
+    spec = plan.LatentAttend(heads, nope, rope, rank, value, scale, cache_format, format)
+    inputs = {"q": q, "w_uk": w_uk[0], "w_uv": w_uv[0], "cache": cache}
+    low.emit(node, spec, **{p: low.operand(n) for p, n in inputs.items()}, out=low.out(node))
+
+
+def _cache_write(
+    low: Lowering, node: fx.Node, spec: plan.CacheWrite, cache: fx.Node, *parts: fx.Node
+) -> None:
+    bind = {f"p{i}": low.operand(part) for i, part in enumerate(parts)}
+    low.emit(node, spec, **bind, cache=low.operand(cache))
+
+
+def _route(low: Lowering, node: fx.Node) -> None:
+    logits, bias, router = node.args
+    spec = plan.Route(width(logits), ops.load_router(router))
+    bind = {"bias": low.operand(bias)} if bias is not None else {}
+    ids, weights = low.results(node, 2)
+    low.emit(node, spec, logits=low.operand(logits), **bind, ids=ids, weights=weights)
+
+
+def _experts(low: Lowering, node: fx.Node) -> None:
+    x, ids, weights, gate_up, down, residual, up_format, down_format, activation, gated = node.args
+    count, rows, _ = shape(gate_up[0])
+    spec = plan.Experts(
+        count, width(ids), width(x), rows // (2 if gated else 1), up_format, down_format,
+        activation, gated, residual is not None,
+    )  # fmt: skip
+    inputs = {"x": x, "ids": ids, "weights": weights}
+    if residual is not None:
+        inputs["residual"] = residual
+    bind = {name: low.operand(n) for name, n in inputs.items()}
+    bind |= _parts(low, "gate_up_", up_format, gate_up)
+    bind |= _parts(low, "down_", down_format, down)
+    low.emit(node, spec, **bind, out=low.out(node))
+
+
+KERNELS: dict[Any, Callable[[Lowering, fx.Node], None]] = {
+    mill.embed: _embed,
+    mill.select_rows: _select_rows,
+    mill.rms_norm: _rms_norm,
+    mill.layer_norm: _layer_norm,
+    mill.add_rms_norm: _add_rms_norm,
+    mill.linear: _linear,
+    mill.pointwise: _pointwise,
+    mill.rope: _rope,
+    mill.cached_attention: _cached_attention,
+    mill.cached_latent_attention: _cached_latent_attention,
+    mill.route: _route,
+    mill.experts: _experts,
+}

@@ -1,0 +1,77 @@
+// Attend: causal grouped-query attention over the paged cache.
+#pragma once
+#include "pool.h"
+#include "attention.h"
+
+namespace mill {
+
+// out[t, h] = softmax_j(q[t, h] . key[j, h / GROUP] * 0.25f) value[j, h / GROUP]
+// over keys p - 70 < j <= p for a query at position p;  q [rows, 4, 16], out [rows, 4, 16],
+// cache row: keys [2, 16], values [2, 16]
+namespace attend_h4_kv2_d16_v16_bf16_window70 {
+constexpr int HEADS = 4, HEADS_KV = 2, GROUP = HEADS / HEADS_KV;
+constexpr int DIM = 16, VALUE = 16, WINDOW = 70, ROW_BYTES = 128;
+constexpr float SCALE = 0.25f, SOFTCAP = 0.0f;
+constexpr int TOKENS = max(1, 64 / GROUP), ROWS = TOKENS * GROUP;
+constexpr int KEY_PITCH = round_up(DIM, LANES), VALUE_PITCH = round_up(VALUE, LANES);
+constexpr int TILE_FLOATS = PAGE * max(KEY_PITCH, VALUE_PITCH);
+using Cache = CacheBf16;
+constexpr size_t SHARED = 0;
+constexpr size_t LOCAL = Scratch::sizes<float>(ROWS * DIM, TILE_FLOATS, KEY_PITCH * PAGE, ROWS * PAGE,
+                                               ROWS * VALUE_PITCH, ROWS, ROWS, ROWS);
+
+TM_NOINLINE void run(Thread &th, int, Rows<float> q, const void *cache,
+                     Rows<float> out) {
+  const tm_args &a = *th.args;
+  Scratch scratch{th.local};
+  float *qs = scratch.take<float>(ROWS * DIM);
+  float *tile = scratch.take<float>(TILE_FLOATS);
+  float *keys = scratch.take<float>(KEY_PITCH * PAGE);
+  float *s = scratch.take<float>(ROWS * PAGE);
+  float *sums = scratch.take<float>(ROWS * VALUE_PITCH);
+  float *peak = scratch.take<float>(ROWS), *total = scratch.take<float>(ROWS);
+  float *shrink = scratch.take<float>(ROWS);
+
+  // A job is a tile of queries with the GROUP heads of one kv head: row r is token r / GROUP.
+  QueryTiles tiles(a, TOKENS);
+  for (int job = th.first_job(); tiles.seek(job / HEADS_KV); job = th.next_job()) {
+    const int kv = job % HEADS_KV, rows = tiles.tokens * GROUP, p0 = a.positions[tiles.first];
+    const Span key_at{kv * DIM, DIM, DIM, 64 + 4 * kv};
+    const Span value_at{HEADS_KV * DIM + kv * VALUE, VALUE, VALUE, 72 + 4 * kv};
+    for (int r = 0; r < rows; r++) {
+      const int head = kv * GROUP + r % GROUP;
+      memcpy(qs + r * DIM, q[tiles.first + r / GROUP] + head * DIM, DIM * sizeof(float));
+      peak[r] = -__builtin_inff();
+      total[r] = 0.0f;
+    }
+    memset(sums, 0, (size_t)rows * VALUE_PITCH * sizeof(float));
+
+    // Keys [0, end) exist; the tile's first query sees them from `oldest` on.
+    const int end = p0 + tiles.tokens, oldest = WINDOW ? max(0, p0 - WINDOW + 1) : 0;
+    for (int base = oldest / PAGE * PAGE; base < end; base += PAGE) {
+      const uint8_t *page = cache_row(a, cache, ROW_BYTES, tiles.sequence, base);
+      const int count = min(PAGE, end - base);
+      load_page<Cache>(page, ROW_BYTES, count, key_at, tile, KEY_PITCH);
+      transpose_page(tile, KEY_PITCH, KEY_PITCH, keys);
+      scores(qs, DIM, rows, keys, DIM, s);
+      for (int r = 0; r < rows; r++) {
+        const int p = p0 + r / GROUP - base, low = WINDOW ? max(0, p - WINDOW + 1) : 0;
+        shrink[r] = softmax_page(s + r * PAGE, low, min(count, p + 1), SCALE, SOFTCAP, peak[r],
+                                 total[r]);
+      }
+      load_page<Cache>(page, ROW_BYTES, count, value_at, tile, VALUE_PITCH);
+      outer<false>(s, PAGE, rows, tile, VALUE_PITCH, PAGE, shrink, sums, VALUE_PITCH,
+                   VALUE_PITCH);
+    }
+    for (int r = 0; r < rows; r++) {
+      const int head = kv * GROUP + r % GROUP;
+      const float scale = inverse_total(peak[r], total[r]);
+      float *to = out[tiles.first + r / GROUP] + head * VALUE;
+      for (int i = 0; i < VALUE; i += LANES)
+        store_n(to + i, load(sums + r * VALUE_PITCH + i) * scale, VALUE - i);
+    }
+  }
+}
+}  // namespace attend_h4_kv2_d16_v16_bf16_window70
+
+}  // namespace mill

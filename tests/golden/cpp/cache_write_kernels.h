@@ -1,0 +1,42 @@
+// CacheWrite: store each token's parts in its row of the paged cache.
+#pragma once
+#include "pool.h"
+#include "cache.h"
+
+namespace mill {
+
+// cache[block_table[b, p / 64], p % 64] = key [32], value [32] of token t, at position p of sequence b
+namespace cache_write_key32_value32_bf16 {
+constexpr int ROW_BYTES = 128;
+constexpr size_t SHARED = 0, LOCAL = 0;
+
+TM_NOINLINE void run(Thread &th, int rows, Rows<float> p0, Rows<float> p1, void *cache) {
+  const tm_args &a = *th.args;
+  int b = 0;
+  for (int t = th.share(rows, 0); t < th.share(rows, 1); t++) {
+    b = sequence_of(a.starts, t, b);
+    uint8_t *row = cache_row(a, cache, ROW_BYTES, b, a.positions[t]);
+    CacheBf16::encode(row, Span{0, 32, 16, 64}, p0[t]);
+    CacheBf16::encode(row, Span{32, 32, 16, 72}, p1[t]);
+  }
+}
+}  // namespace cache_write_key32_value32_bf16
+
+// cache[block_table[b, p / 64], p % 64] = latent [24], rope [8] of token t, at position p of sequence b
+namespace cache_write_latent24_rope8_int8 {
+constexpr int ROW_BYTES = 40;
+constexpr size_t SHARED = 0, LOCAL = 0;
+
+TM_NOINLINE void run(Thread &th, int rows, Rows<float> p0, Rows<float> p1, void *cache) {
+  const tm_args &a = *th.args;
+  int b = 0;
+  for (int t = th.share(rows, 0); t < th.share(rows, 1); t++) {
+    b = sequence_of(a.starts, t, b);
+    uint8_t *row = cache_row(a, cache, ROW_BYTES, b, a.positions[t]);
+    CacheInt8::encode(row, Span{0, 24, 128, 32}, p0[t]);
+    CacheInt8::encode(row, Span{24, 8, 128, 36}, p1[t]);
+  }
+}
+}  // namespace cache_write_latent24_rope8_int8
+
+}  // namespace mill
