@@ -36,6 +36,11 @@ class ModelNotFound(TokenmillError):
     remedy = "pass a directory with config.json and *.safetensors, or a Hugging Face hub id"
 
 
+class DownloadFailed(TokenmillError):
+    what = "there is no directory {path!r}, and the hub gave no model of that name: {reason}"
+    remedy = "check the name and the network, or download the model elsewhere and pass its directory"
+
+
 class NotAModel(TokenmillError):
     what = "{path!r} is not a model: {reason}"
     remedy = "pass a directory that holds config.json and *.safetensors"

@@ -198,7 +198,7 @@ def layer_graph(program: Program) -> dict[str, Any]:
     prefix = f"{longest}.{last}"
     inside = [
         n for n, p in places.items()
-        if (p == prefix or p.startswith(prefix + ".")) and isinstance(n.meta.get("val"), Tensor | tuple | list)
+        if f"{p}.".startswith(f"{prefix}.") and isinstance(n.meta.get("val"), Tensor | tuple | list)
     ]  # fmt: skip
     kept = set(inside)
     return {

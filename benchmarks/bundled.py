@@ -61,8 +61,9 @@ def main() -> None:
             sessions[name] = stack.enter_context(tokenmill.load(path))
             rows[name] = sizes(facts) | evaluate(sessions[name], text, eager) | first_token(path)
         rows[EAGER]["bits_per_byte"] = rows["fp32, fp32"]["original_bits_per_byte"]
+        bandwidth = read_bandwidth()
         for name, seconds in decode_seconds(sessions, eager).items():
-            rows[name] |= speed(seconds, rows[name], bandwidth := read_bandwidth())
+            rows[name] |= speed(seconds, rows[name], bandwidth)
     for row in rows.values():
         row["speedup"] = round(row["tokens_per_s"] / rows[EAGER]["tokens_per_s"], 2)
     show(rows)

@@ -15,7 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
+
 from ..errors import (
+    BadWeight,
+    DownloadFailed,
     MissingExtra,
     ModelNotFound,
     NeedsRemoteCode,
@@ -57,9 +62,12 @@ class Checkpoint:
     def load(self) -> Any:
         """The transformers model in fp32, in eval mode, every parameter from the checkpoint.
 
-        Raises WeightsMissing or WeightsMismatch if the weights are not those of the config.
+        Raises BadWeight for NaN or Inf, WeightsMissing or WeightsMismatch if the weights are not those
+        of the config.
         """
         transformers = _transformers()
+        for shard in self.shards:
+            _check_values(shard)
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         try:
@@ -110,7 +118,7 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelNotFound(path=name) from error
+        raise DownloadFailed(path=name, reason=_first_line(error)) from error
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -229,6 +237,15 @@ def _check_sums(path: Path, shards: tuple[Path, ...]) -> None:
                 raise WeightsDamaged(file=str(shard), reason="its SHA-256 is not the published one")
 
 
+def _check_values(shard: Path) -> None:
+    """Raise BadWeight under the name that the tensor has in its file; loading may fuse it with others."""
+    with safe_open(shard, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118  (not a mapping)
+            value = tensors.get_tensor(name)
+            if value.is_floating_point() and not (finite := torch.isfinite(value.float())).all():
+                raise BadWeight(name=name, count=int((~finite).sum()))
+
+
 # --- after loading ----------------------------------------------------------------------------------
 
 
@@ -245,8 +262,12 @@ def _check_loaded(path: Path, info: dict[str, Any]) -> None:
 
 
 def _refused(path: Path, error: Exception) -> NotAModel:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return NotAModel(path=str(path), reason=f"transformers cannot load it ({first[:200]})")
+    return NotAModel(path=str(path), reason=f"transformers cannot load it ({_first_line(error)})")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
 
 
 def _transformers() -> Any:

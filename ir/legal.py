@@ -35,7 +35,6 @@ FORBIDDEN: dict[Stage, dict[Any, str]] = {
         mill.attention: "tokenmill.cached_attention (insert_cache)",
         mill.latent_attention: "tokenmill.cached_latent_attention (insert_cache)",
     },
-    Stage.QUANTIZED: {aten.linear: "tokenmill.linear (fuse_linear)"},
     Stage.FUSED: {mill.dequantize: "packed operands (fuse_dequantize)"},
 }
 

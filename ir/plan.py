@@ -159,7 +159,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Pointwise:
-    """out[r, i] = expr(x0, x1, ...); an input is ``row`` [rows, width], ``scalar`` [rows, 1] or ``channel``."""
+    """out[r, i] = expr(x0, x1, ...); inputs are ``row`` [rows, width], ``scalar`` [rows, 1], ``channel``."""
 
     kind: ClassVar[str] = "pointwise"
     width: int
@@ -379,7 +379,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """``output`` names the arena buffer of logits ``[R, vocab]``; ``positions`` bounds a sequence's length."""
+    """``output`` names the arena buffer of logits ``[R, vocab]``; ``positions`` bounds a sequence."""
 
     buffers: Mapping[str, Buffer]
     steps: tuple[Step, ...]

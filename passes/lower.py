@@ -160,7 +160,9 @@ class Lowering:
 
     def _scratch(self, node: fx.Node, index: int) -> Operand:
         with self.program.graph.inserting_after(node):
-            return self.out(self.program.call(operator.getitem, node, index, like=node))
+            member = self.program.call(operator.getitem, node, index, like=node)
+        self._selected |= {member} if node in self._selected else set()
+        return self.out(member)
 
     # --- joins ---
 

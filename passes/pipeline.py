@@ -36,6 +36,7 @@ from .merge_linears import MergeLinears
 from .prove_tokens import ProveTokens
 from .quantize import Quantize
 from .select_rows import SelectRows
+from .share_common import ShareCommon
 from .tabulate import Tabulate
 
 # A lossy pass changes numbers; past this relative error it changes the model.
@@ -48,6 +49,7 @@ def pipeline(recipe: Recipe) -> list[Pass]:
     passes: list[Pass] = [
         Canonicalize(),
         FoldWeights(),
+        ShareCommon(),
         Tabulate(),
         SplitLinears(),
         FuseNorm(),
@@ -61,11 +63,11 @@ def pipeline(recipe: Recipe) -> list[Pass]:
         InsertCache(format=recipe.kv),
         FuseLinear(),
         HoistViews(),
-        FuseGated(),
-        MergeLinears(recipe=recipe),
         FusePointwise(),
+        FuseGated(),
+        FuseResidual(),  # before the shared expert's epilogue takes the add
         FuseEpilogue(),
-        FuseResidual(),
+        MergeLinears(recipe=recipe),  # takes only maps with nothing fused into them
         FuseResidualNorm(),
         Quantize(recipe=recipe),
         FuseDequantize(),

@@ -37,8 +37,7 @@ class _Repeater:
     def __init__(self, sure: float, positions: int = 64, begin: int | None = None) -> None:
         self.vocab, self.positions, self.sure = VOCAB, positions, sure
         self.tokenizer = _Letters(begin)
-        config = {} if begin is None else {"bos_token_id": begin}
-        self.artifact = SimpleNamespace(json=lambda name: config, file=lambda name: None)
+        self.begin_tokens = [] if begin is None else [begin]
         self.seen: list[int] = []
 
     def logits_of(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:

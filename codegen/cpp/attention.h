@@ -13,16 +13,18 @@ constexpr int STRIP = 4;  // vectors per row of a register tile
 // dst[c][0:64] = src[0:64][c], `columns` a multiple of LANES.
 inline void transpose_page(const float *src, int columns, int pitch, float *dst) {
   for (int c = 0; c < columns; c += LANES)
-    for (int j = 0; j < PAGE; j += LANES) transpose(src + (size_t)j * pitch + c, pitch, dst + (size_t)c * PAGE + j, PAGE);
+    for (int j = 0; j < PAGE; j += LANES)
+      transpose(src + (size_t)j * pitch + c, pitch, dst + (size_t)c * PAGE + j, PAGE);
 }
 
 // out[r][c] = shrink[r] out[r][c] + sum_i a[r][i] b[i][c] for ROWS rows, N vectors of columns.
 template <int ROWS, int N, bool FRESH>
-TM_INLINE void outer_tile(const float *a, int a_pitch, const float *b, int b_pitch, int depth, const float *shrink,
-                          float *out, int out_pitch) {
+TM_INLINE void outer_tile(const float *a, int a_pitch, const float *b, int b_pitch, int depth,
+                          const float *shrink, float *out, int out_pitch) {
   vf acc[ROWS][N];
   for (int r = 0; r < ROWS; r++)
-    for (int c = 0; c < N; c++) acc[r][c] = FRESH ? vf{} : load(out + (size_t)r * out_pitch + c * LANES) * shrink[r];
+    for (int c = 0; c < N; c++)
+      acc[r][c] = FRESH ? vf{} : load(out + (size_t)r * out_pitch + c * LANES) * shrink[r];
   for (int i = 0; i < depth; i++) {
     vf column[N];
     for (int c = 0; c < N; c++) column[c] = load(b + (size_t)i * b_pitch + c * LANES);
@@ -34,8 +36,8 @@ TM_INLINE void outer_tile(const float *a, int a_pitch, const float *b, int b_pit
 }
 
 template <int ROWS, bool FRESH>
-TM_INLINE void outer_rows(const float *a, int a_pitch, const float *b, int b_pitch, int depth, const float *shrink,
-                          float *out, int out_pitch, int columns) {
+TM_INLINE void outer_rows(const float *a, int a_pitch, const float *b, int b_pitch, int depth,
+                          const float *shrink, float *out, int out_pitch, int columns) {
   int c = 0;
   for (; c + STRIP * LANES <= columns; c += STRIP * LANES)
     outer_tile<ROWS, STRIP, FRESH>(a, a_pitch, b + c, b_pitch, depth, shrink, out + c, out_pitch);
@@ -85,7 +87,8 @@ inline void scores(const float *q, int q_pitch, int rows, const float *kt, int d
 
 // Online softmax of one row: scores of the page's keys [low, high) become exp(score - highest so far),
 // all others 0.  Returns the factor by which earlier sums shrink.
-TM_INLINE float softmax_page(float *s, int low, int high, float scale, float softcap, float &peak, float &total) {
+TM_INLINE float softmax_page(float *s, int low, int high, float scale, float softcap, float &peak,
+                             float &total) {
   if (low >= high) {
     memset(s, 0, PAGE * sizeof(float));
     return 1.0f;

@@ -54,7 +54,8 @@ struct CacheInt8 {
       const float scale = highest(peak) / 127.0f, divisor = scale == 0.0f ? 1.0f : scale;
       memcpy(row + s.scale + 4 * tile, &scale, 4);
       for (int i = 0; i < n; i += LANES) {
-        const vi q = to_int(min(max(round(load_n(x + at + i, n - i) / divisor), splat(-127.0f)), splat(127.0f)));
+        const vf value = round(load_n(x + at + i, n - i) / divisor);
+        const vi q = to_int(min(max(value, splat(-127.0f)), splat(127.0f)));
         for (int j = 0; j < min(LANES, n - i); j++) out[at + i + j] = (int8_t)q[j];
       }
     }
@@ -73,7 +74,8 @@ struct CacheInt8 {
 // tile[j][0:width] = rows j < count of a page; rows past them are zero, for what the cache holds there
 // (anything, NaN too) must not reach a sum, not even times a probability of 0.
 template <class C>
-inline void load_page(const uint8_t *page, size_t row_bytes, int count, const Span &s, float *tile, int pitch) {
+inline void load_page(const uint8_t *page, size_t row_bytes, int count, const Span &s, float *tile,
+                      int pitch) {
   for (int j = 0; j < count; j++) C::decode(page + j * row_bytes, s, tile + (size_t)j * pitch);
   for (int j = count; j < PAGE; j++) memset(tile + (size_t)j * pitch, 0, (size_t)s.width * 4);
 }

@@ -110,7 +110,8 @@ struct Fp8 : Weight {
   static constexpr bool INTERLEAVED = false, ROW_SCALE = false;
   static constexpr size_t bytes(int inputs) { return (size_t)inputs; }
   TM_INLINE WeightRow row(int i) const {
-    return {(const uint8_t *)q + i * bytes(k), (const float *)scale + (size_t)(i / 128) * ceil_div(k, 128)};
+    const size_t scales = (size_t)(i / 128) * ceil_div(k, 128);
+    return {(const uint8_t *)q + i * bytes(k), (const float *)scale + scales};
   }
   static TM_INLINE const void *scale_at(const WeightRow &r, int block) {
     return (const float *)r.scale + block * BLOCK / 128;
