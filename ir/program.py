@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -203,17 +203,27 @@ class Program:
 
     # --- running ---
 
-    def run(self, ids: Sequence[int] | Tensor, rows: Sequence[int] | None = None) -> Tensor:
+    def run(
+        self,
+        ids: Sequence[int] | Tensor,
+        rows: Sequence[int] | None = None,
+        runner: Runner | None = None,
+    ) -> Tensor:
         """Logits ``[R, V]`` of one sequence from position 0, with fresh caches; rows default to all."""
         tokens = torch.as_tensor(ids, dtype=torch.int64).reshape(-1)
         batch = kv.single_sequence(len(tokens))
         keep = torch.arange(len(tokens)) if rows is None else torch.tensor(rows)
         pages = batch.block_table.shape[1]
         caches = {spec.name: kv.allocate(spec, pages) for spec in self.caches}
-        return self.execute(tokens, batch, keep, caches)
+        return self.execute(tokens, batch, keep, caches, runner)
 
     def execute(
-        self, ids: Tensor, batch: kv.Batch, rows: Tensor, caches: dict[str, Tensor]
+        self,
+        ids: Tensor,
+        batch: kv.Batch,
+        rows: Tensor,
+        caches: Mapping[str, Tensor],
+        runner: Runner | None = None,
     ) -> Tensor:
         """One step over a ragged batch: logits ``[R, V]``; the caches are written in place."""
         inputs = {
@@ -225,17 +235,18 @@ class Program:
             **caches,
         }
         placeholders = [n.target for n in self.graph.nodes if n.op == "placeholder"]
+        runner = runner or Runner(self.graph, self.weights)
         with torch.no_grad():
-            out = Runner(self).run(*(inputs[name] for name in placeholders))
+            out = runner.run(*(inputs[name] for name in placeholders))
         return (out[0] if isinstance(out, tuple) else out).reshape(len(rows), -1)
 
 
 class Runner(fx.Interpreter):
-    """Runs a program's graph; weights come from the program instead of a module."""
+    """Runs a graph whose weights are looked up by name instead of in a module."""
 
-    def __init__(self, program: Program) -> None:
-        super().__init__(torch.nn.Module(), graph=program.graph)
-        self.weights = program.weights
+    def __init__(self, graph: fx.Graph, weights: Weights | Mapping[str, Tensor]) -> None:
+        super().__init__(torch.nn.Module(), graph=graph)
+        self.weights = weights
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self.weights[target]
@@ -251,15 +262,6 @@ def shape(node: fx.Node) -> tuple[Any, ...]:
 
 def is_weight(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.op == "get_attr"
-
-
-def tensors(nodes: Iterable[Any]) -> list[fx.Node]:
-    """Those of ``nodes`` that stand for tensors (or tuples of them)."""
-    return [n for n in nodes if isinstance(n, fx.Node) and not _is_size(n)]
-
-
-def _is_size(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), int | float | bool | torch.SymInt | torch.SymBool)
 
 
 def where(node: fx.Node) -> str:

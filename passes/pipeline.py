@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import BadRecipe, WrongRewrite
-from ..ir import cache as kv
 from ..ir.legal import verify
 from ..ir.program import Program, Runner, where
 from ..recipe import Recipe
@@ -204,8 +203,10 @@ class _Trace:
 
 
 class _Recorder(Runner):
+    """Keeps every tensor that the graph computes."""
+
     def __init__(self, program: Program) -> None:
-        super().__init__(program)
+        super().__init__(program.graph, program.weights)
         self.values: dict[fx.Node, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -217,16 +218,7 @@ class _Recorder(Runner):
 
 def _trace(program: Program, ids: Tensor) -> _Trace:
     recorder = _Recorder(program)
-    batch = kv.single_sequence(len(ids))
-    caches = {s.name: kv.allocate(s, batch.block_table.shape[1]) for s in program.caches}
-    inputs = {
-        "ids": ids[None], "positions": batch.positions[None].long(), "rows": torch.arange(len(ids)),
-        "starts": batch.starts, "block_table": batch.block_table, **caches,
-    }  # fmt: skip
-    names = [n.target for n in program.graph.nodes if n.op == "placeholder"]
-    with torch.no_grad():
-        out = recorder.run(*(inputs[name] for name in names))
-    return _Trace(out.reshape(len(ids), -1), recorder.values)
+    return _Trace(program.run(ids, runner=recorder), recorder.values)
 
 
 def _first_difference(expected: _Trace, actual: _Trace, limit: float) -> str:

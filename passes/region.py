@@ -7,12 +7,11 @@ matching every way in which somebody may have written it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ..ir.program import Program, Weights
+from ..ir.program import Program, Runner, Weights
 from .base import aten, is_call
 
 TOKENS = "tokens"
@@ -46,16 +45,7 @@ class Region:
         self, inputs: Sequence[Tensor], tokens: int, weights: Weights | dict[str, Tensor]
     ) -> tuple[Tensor, ...]:
         with torch.no_grad():
-            return tuple(_Run(self.graph, weights).run(tokens, *inputs))
-
-
-class _Run(fx.Interpreter):
-    def __init__(self, graph: fx.Graph, weights: Weights | dict[str, Tensor]) -> None:
-        super().__init__(torch.nn.Module(), graph=graph)
-        self.weights = weights
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return self.weights[target]
+            return tuple(Runner(self.graph, weights).run(tokens, *inputs))
 
 
 def _ordered(outputs: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> list[fx.Node]:
@@ -83,7 +73,7 @@ def dependents(program: Program, roots: Callable[[fx.Node], bool]) -> set[fx.Nod
     return found
 
 
-def fold(program: Program, node: fx.Node, name: str, **fixed: Any) -> str:
+def fold(program: Program, node: fx.Node, name: str) -> str:
     """Derive a weight that holds what ``node`` computes from weights alone; returns its name."""
     region = Region([node], [])
     fresh = program.weights.fresh(name)
