@@ -38,7 +38,9 @@ class ModelNotFound(TokenmillError):
 
 class DownloadFailed(TokenmillError):
     what = "there is no directory {path!r}, and the hub gave no model of that name: {reason}"
-    remedy = "check the name and the network, or download the model elsewhere and pass its directory"
+    remedy = (
+        "check the name and the network, or download the model elsewhere and pass its directory"
+    )
 
 
 class NotAModel(TokenmillError):

@@ -73,12 +73,8 @@ def _normalized(node: Any) -> tuple[fx.Node, float] | None:
 def _squares(node: Any, x: Any) -> bool:
     if is_call(node, aten.pow):
         return node.args == (x, 2)
-    return (
-        (is_call(node, aten.square)
-        and node.args[0] is x)
-        or (
-            is_call(node, aten.mul) and node.args == (x, x)
-        )
+    return (is_call(node, aten.square) and node.args[0] is x) or (
+        is_call(node, aten.mul) and node.args == (x, x)
     )
 
 

@@ -46,7 +46,9 @@ def _narrows(node: fx.Node) -> fx.Node | None:
         below = tensors[0] if len(tensors) == 1 and same_shape(tensors[0], node) else None
     else:
         return None
-    inner_linear = is_call(below, aten.linear, mill.linear) or (below is not None and _narrows(below))
+    inner_linear = is_call(below, aten.linear, mill.linear) or (
+        below is not None and _narrows(below)
+    )
     return below if is_call(node, aten.linear, mill.linear) or inner_linear else None
 
 
