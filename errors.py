@@ -182,7 +182,7 @@ class PromptTooLong(TokenmillError):
 
 class EmptyPrompt(TokenmillError):
     what = "prompt {index} is empty"
-    remedy = "give at least one token (the model has no beginning-of-text token to start from)"
+    remedy = "give at least one token; to start from nothing, give the model's begin token as ids"
 
 
 class BadToken(TokenmillError):

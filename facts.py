@@ -29,7 +29,7 @@ class Recorder:
         self.graphs: dict[str, str] = {}
         self.stages: dict[str, dict[str, Any]] = {}
         self._name = program.name
-        self._parameters = sum(program.weights.like(n).numel() for n in program.used_weights())
+        self._parameters = program.parameters
         self._original_bytes = (
             checkpoint.bytes
             if checkpoint

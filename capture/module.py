@@ -149,7 +149,7 @@ def _to_program(exported: ExportedProgram, max_positions: int, name: str) -> Pro
     logits = graph.output_node().args[0].meta["val"]
     program = Program(
         graph, weights, vocab=int(logits.shape[-1]), positions=max_positions, name=name,
-        stage=Stage.ATEN,
+        stage=Stage.ATEN, parameters=_count(exported, weights, owner),
     )  # fmt: skip
     _ensure_positions(program)
     _refuse_unbacked_output(program)
@@ -176,6 +176,12 @@ def _weights(exported: ExportedProgram) -> tuple[Weights, dict[str, str]]:
         given[name], owner[traced] = tensor, name
         seen[key] = name
     return Weights(given), owner
+
+
+def _count(exported: ExportedProgram, weights: Weights, owner: dict[str, str]) -> int:
+    """Parameters of the model, buffers not among them."""
+    names = {owner[p] for p in exported.graph_signature.parameters}
+    return sum(weights.like(n).numel() for n in names)
 
 
 def _drop_checks(graph: fx.Graph) -> None:

@@ -143,6 +143,7 @@ class Program:
     stage: Stage = Stage.ATEN
     caches: list[CacheSpec] = field(default_factory=list)
     name: str = "model"
+    parameters: int = 0  # of the model as it came, tied ones counted once
 
     @property
     def fake_mode(self) -> FakeTensorMode:
@@ -165,7 +166,7 @@ class Program:
             new.meta = dict(old.meta)
         return Program(
             graph, self.weights.copy(), self.vocab, self.positions, self.stage,
-            copy.copy(self.caches), self.name,
+            copy.copy(self.caches), self.name, self.parameters,
         )  # fmt: skip
 
     def used_weights(self) -> list[str]:
@@ -266,8 +267,7 @@ def is_weight(node: Any) -> bool:
 
 def where(node: fx.Node) -> str:
     """The place in the user's model: module path and source line, as far as tracing kept them."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path = next((p for p, _ in reversed(list(stack.values())) if p), "")
+    path = module_path(node)
     trace = (node.meta.get("stack_trace") or "").strip().splitlines()
     files = [i for i, line in enumerate(trace) if line.lstrip().startswith("File ")]
     source = ""
@@ -281,4 +281,5 @@ def where(node: fx.Node) -> str:
 def module_path(node: fx.Node) -> str:
     """The path of the innermost module that the node was traced in, without our wrapper's prefix."""
     stack = node.meta.get("nn_module_stack") or {}
-    return next((p for p, _ in reversed(list(stack.values())) if p), "").removeprefix("model.")
+    paths = [p for p, _ in stack.values() if p and not p.startswith("_empty_nn_module")]
+    return paths[-1].removeprefix("model.") if paths else ""

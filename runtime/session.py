@@ -239,8 +239,6 @@ class Session:
     def _checked(self, prompt: Prompt, index: int, new: int) -> list[int]:
         """The token ids of a prompt, if the model can take them and ``new`` more."""
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _as_ids(prompt)
-        if new:
-            tokens = tokens or self.begin_tokens
         if not tokens:
             raise errors.EmptyPrompt(index=index)
         for position, token in enumerate(tokens):

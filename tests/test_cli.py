@@ -297,6 +297,10 @@ def test_a_text_that_cannot_be_scored(
     assert expected in refused("eval", int4_artifact, "--text", file)
 
 
+def test_an_empty_prompt(int4_artifact: Path) -> None:
+    assert "empty" in refused("run", int4_artifact, "--prompt", "")
+
+
 def test_a_prompt_that_is_too_long(int4_artifact: Path) -> None:
     assert "positions" in refused("run", int4_artifact, "--prompt", "x " * 5000)
 

@@ -139,11 +139,11 @@ def test_an_abandoned_stream_is_forgotten(model_dir):
         assert library.fake_calls() == before + 1
 
 
-def test_empty_prompt_starts_from_the_beginning_token(session, fake, tmp_path):
-    assert session.generate("", max_new_tokens=5)[0].tokens == fake.greedy([fake.bos], 5)
-    path = fake.write(tmp_path / "m", tokenizer=False)
-    with Session(path, threads=1) as bare, pytest.raises(errors.EmptyPrompt):
-        bare.generate([[1], []])
+@pytest.mark.parametrize("prompts", ["", ["a", ""], [[1], []]])
+def test_an_empty_prompt_is_refused_even_if_there_is_a_begin_token(session, prompts):
+    assert session.begin_tokens
+    with pytest.raises(errors.EmptyPrompt):
+        session.generate(prompts)
 
 
 def test_without_tokenizer_ids_work_and_text_says_so(fake, tmp_path):
