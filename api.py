@@ -80,6 +80,7 @@ def optimize(
         raise BadRequest(reason="no output directory", advice="pass output=, or dry_run=True")
     if output is not None and not dry_run:
         check_output(output, force)
+        tools = {t.name: toolchain(t.machine) for t in targets}  # none is missing, before the work
     say = progress or (lambda what, done, total: None)
 
     say("capture", 0, 1)
@@ -132,7 +133,7 @@ def optimize(
                 Target(t.name, f"kernels/{t.name}", t.features, machine=t.machine) for t in targets
             ],
             tokenmill=__version__,
-            toolchain={"cpu": toolchain(), "torch": torch.__version__},
+            toolchain={**tools, "torch": torch.__version__},
             recipe=recipe.dump(),
             report=_timeless(facts),
         )

@@ -124,6 +124,11 @@ class CompilerMissing(TokenmillError):
     remedy = "install g++ or clang++, or `pip install ziglang`"
 
 
+class CrossCompilerMissing(TokenmillError):
+    what = "the C++ compiler of this machine cannot build for {machine}"
+    remedy = "pip install ziglang, set CXX to a cross compiler, or compile on such a machine"
+
+
 class BuildFailed(TokenmillError):
     what = "the C++ compiler failed on {file}:\n{log}"
     remedy = "check `tokenmill doctor`; if the compiler is current, report this"

@@ -7,6 +7,7 @@ names, and nothing of the path or the clock enters the binary.
 from __future__ import annotations
 
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..errors import BuildFailed, CompilerMissing
+from ..errors import BuildFailed, CompilerMissing, CrossCompilerMissing
 from .cpp.target import CpuTarget
 
 MAIN = "step.cpp"
@@ -42,16 +43,23 @@ FLAGS = (
 )
 
 
-@lru_cache(maxsize=1)
-def compiler() -> tuple[str, ...]:
-    """The command: ``$CXX``, else g++, clang++, else the clang inside the PyPI package ziglang."""
+@lru_cache
+def compiler(machine: str = "") -> tuple[str, ...]:
+    """The command: ``$CXX``, else g++, clang++, else the clang inside the PyPI package ziglang.
+
+    For another ``machine`` (as ``platform.machine()`` says it) than this one, ziglang alone: it has
+    what it takes to link for all of them.
+    """
     if chosen := os.environ.get("CXX"):
         return tuple(shlex.split(chosen))
-    for name in ("g++", "clang++"):
+    foreign = machine not in ("", platform.machine())
+    for name in () if foreign else ("g++", "clang++"):
         if path := shutil.which(name):
             return (path,)
     if find_spec("ziglang") is not None:  # "c++" would first build libc++, for minutes
         return (sys.executable, "-m", "ziglang", "cc", "-x", "c++")
+    if foreign:
+        raise CrossCompilerMissing(machine=machine)
     raise CompilerMissing(tried="CXX, g++, clang++, python -m ziglang cc")
 
 
@@ -59,10 +67,10 @@ def _is_zig(command: Sequence[str]) -> bool:
     return "ziglang" in command or Path(command[0]).name == "zig"
 
 
-@lru_cache(maxsize=1)
-def toolchain() -> str:
+@lru_cache
+def toolchain(machine: str = "") -> str:
     """Name and version of the compiler, for the manifest."""
-    command = compiler()
+    command = compiler(machine)
     name = "zig cc" if _is_zig(command) else Path(command[0]).name
     try:
         done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
@@ -77,13 +85,14 @@ def build_cpu(files: Mapping[str, str], target: CpuTarget) -> bytes:
         root = Path(directory)
         for name, text in files.items():
             (root / name).write_text(text)
-        machine = target.zig_flags if _is_zig(compiler()) else target.flags
-        command = [*compiler(), *machine, *FLAGS, f"-ffile-prefix-map={directory}=."]
+        tool = compiler(target.machine)
+        flags = target.zig_flags if _is_zig(tool) else target.flags
+        command = [*tool, *flags, *FLAGS, f"-ffile-prefix-map={directory}=."]
         command += [MAIN, "-o", "step.so"]
         try:
             done = subprocess.run(command, cwd=root, capture_output=True, text=True)
         except OSError as error:
-            raise CompilerMissing(tried=f"{shlex.join(compiler())}: {error}") from error
+            raise CompilerMissing(tried=f"{shlex.join(tool)}: {error}") from error
         if done.returncode != 0:
             log = (done.stderr or done.stdout).strip().splitlines()
             raise BuildFailed(file=MAIN, log="\n".join(log[:LOG_LINES]))

@@ -8,7 +8,7 @@ import pytest
 from tokenmill import codegen
 from tokenmill.codegen import build
 from tokenmill.codegen.cpp.target import host_target
-from tokenmill.errors import BuildFailed, CompilerMissing
+from tokenmill.errors import BuildFailed, CompilerMissing, CrossCompilerMissing
 from tokenmill.ir.plan import Capacity, Plan
 
 
@@ -30,6 +30,14 @@ def test_same_text_gives_same_bytes() -> None:
 def test_compile_error_shows_the_first_lines() -> None:
     with pytest.raises(BuildFailed, match="no_such_thing"):
         build.build_cpu({"step.cpp": "no_such_thing;\n" * 1000}, host_target())
+
+
+@pytest.mark.usefixtures("_forgetful")
+def test_another_machine_needs_a_compiler_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "find_spec", lambda name: None)
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(CrossCompilerMissing, match="vax"):
+        build.compiler("vax")
 
 
 def test_toolchain_names_the_version() -> None:
