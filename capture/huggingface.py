@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -148,10 +148,10 @@ def _activation(module: Any) -> str:
     for candidate in candidates:
         if torch.allclose(expr.evaluate(expr.parse(candidate), operands), wanted, atol=1e-6):
             return candidate
-    return _refuse(module, "an expert activation that is not in the table", "report this model")
+    _refuse(module, "an expert activation that is not in the table", "report this model")
 
 
-def _refuse(module: nn.Module, what: str, advice: str) -> Any:
+def _refuse(module: nn.Module, what: str, advice: str) -> NoReturn:
     index = getattr(module, "layer_idx", None)
     place = type(module).__name__ + (f", layer {index}" if index is not None else "")
     raise Unsupported(reason=what, where=place, advice=advice)

@@ -239,7 +239,8 @@ class Program:
         runner = runner or Runner(self.graph, self.weights)
         with torch.no_grad():
             out = runner.run(*(inputs[name] for name in placeholders))
-        return (out[0] if isinstance(out, tuple) else out).reshape(len(rows), -1)
+        logits = out[0] if isinstance(out, tuple) else out
+        return logits.reshape(-1, logits.shape[-1])
 
 
 class Runner(fx.Interpreter):

@@ -94,9 +94,7 @@ def _composite_rms(node: fx.Node) -> _Match | None:
 def _layer(node: fx.Node) -> _Match | None:
     if not is_call(node, aten.layer_norm) or len(node.args[1]) != 1:
         return None
-    x, _, weight, bias, eps = (
-        (*node.args, None, None, 1e-5)[:5] if len(node.args) < 5 else node.args[:5]
-    )
+    x, _, weight, bias, eps = (*node.args, None, None, None)[:5]
     return mill.layer_norm.default, x, (weight, bias), 1e-5 if eps is None else eps
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor, fx
@@ -73,7 +74,6 @@ def _window(program: Program, node: fx.Node, mask: object, causal: bool) -> int:
     _refuse(
         node, "an attention mask that is neither causal nor a sliding window", "report this model"
     )
-    return 0
 
 
 def _visible(mask: Tensor) -> Tensor:
@@ -88,5 +88,5 @@ def _causal(window: int) -> Tensor:
     return (j <= i) & (j > i - window) if window else j <= i
 
 
-def _refuse(node: fx.Node, what: str, advice: str) -> None:
+def _refuse(node: fx.Node, what: str, advice: str) -> NoReturn:
     raise Unsupported(reason=what, where=where(node), advice=advice)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..ir.program import Program, is_weight
-from .base import Pass, aten, is_call, mill, same_shape
+from .base import Pass, aten, is_call, mill
 
 
 @dataclass
@@ -18,10 +18,9 @@ class SelectRows(Pass):
 
     def run(self, program: Program) -> int:
         rows = _rows_input(program)
-        output = program.output
-        at, user = output.args[0], output
-        while (below := _narrows(at)) is not None and len(at.users) == 1:
-            at, user = below, at
+        user, at = program.output, program.output.args[0]
+        while len(at.users) == 1 and (below := _source(at)) is not None:
+            user, at = at, below
         with program.graph.inserting_after(at):
             selected = program.call(mill.select_rows.default, at, rows, like=at)
         user.replace_input_with(at, selected)
@@ -37,19 +36,17 @@ def _rows_input(program: Program) -> fx.Node:
     return node
 
 
-def _narrows(node: fx.Node) -> fx.Node | None:
-    """The token-major input of the head's last ops, down to and including its linear."""
-    if is_call(node, aten.linear, mill.linear):
-        below = node.args[0]
-    elif is_call(node, aten.mul, aten.div, aten.add, aten.tanh, aten._to_copy):
-        tensors = [a for a in node.all_input_nodes if not is_weight(a)]
-        below = tensors[0] if len(tensors) == 1 and same_shape(tensors[0], node) else None
-    else:
-        return None
-    inner_linear = is_call(below, aten.linear, mill.linear) or (
-        below is not None and _narrows(below)
-    )
-    return below if is_call(node, aten.linear, mill.linear) or inner_linear else None
+# Ops of a head that see each token alone, once ProveTokens has passed them.
+_TOKENWISE = (
+    aten.linear, mill.linear, mill.rms_norm, mill.layer_norm, aten.mul, aten.div, aten.add, aten.sub,
+    aten.tanh, aten._to_copy,
+)  # fmt: skip
+
+
+def _source(node: fx.Node) -> fx.Node | None:
+    """The one activation that an op of the head reads; None where two come together, or none."""
+    activations = [n for n in node.all_input_nodes if not is_weight(n)]
+    return activations[0] if is_call(node, *_TOKENWISE) and len(activations) == 1 else None
 
 
 def _refresh(program: Program, node: fx.Node) -> None:
