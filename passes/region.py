@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import networkx as nx
 import torch
 from torch import Tensor, fx
 
@@ -15,6 +16,7 @@ from ..ir.program import Program, Runner, Weights
 from .base import aten, is_call
 
 TOKENS = "tokens"
+_ORIGIN = "origin"  # feeds all roots of a search
 
 
 def is_token_count(node: fx.Node) -> bool:
@@ -62,15 +64,22 @@ def _ordered(outputs: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> list[fx.N
     return [n for n in outputs[0].graph.nodes if n in needed]
 
 
-def dependents(program: Program, roots: Callable[[fx.Node], bool]) -> set[fx.Node]:
-    """Nodes that depend on a root other than through the token count."""
-    found: set[fx.Node] = set()
+def dataflow(program: Program) -> nx.DiGraph:
+    """Who feeds whom.  Token counts feed nobody: every reshape takes one, and it says nothing."""
+    graph = nx.DiGraph()
     for node in program.graph.nodes:
-        if is_token_count(node):
-            continue
-        if roots(node) or any(n in found for n in node.all_input_nodes):
-            found.add(node)
-    return found
+        graph.add_node(node)
+        graph.add_edges_from((n, node) for n in node.all_input_nodes if not is_token_count(n))
+    return graph
+
+
+def dependents(program: Program, roots: Callable[[fx.Node], bool]) -> set[fx.Node]:
+    """The roots, and all that depends on one of them other than through the token count."""
+    graph = dataflow(program)
+    found = [n for n in program.graph.nodes if roots(n)]
+    graph.add_edges_from((_ORIGIN, n) for n in found)
+    reached = nx.descendants(graph, _ORIGIN) if found else set()
+    return {n for n in reached if not is_token_count(n)}
 
 
 def fold(program: Program, node: fx.Node, name: str) -> str:
