@@ -75,6 +75,7 @@ def optimize(
     written.  Raises a TokenmillError for bad input, before anything is written.
     """
     recipe = recipe or Recipe()
+    passes = pipeline(recipe)
     targets = [parse_target(t) for t in dict.fromkeys(recipe.targets)]
     if output is None and not dry_run:
         raise BadRequest(reason="no output directory", advice="pass output=, or dry_run=True")
@@ -92,12 +93,11 @@ def optimize(
     start = time.perf_counter()
     program = _capture(model, checkpoint, example_ids, max_positions)
     seconds = time.perf_counter() - start
-    check_weights(program)
+    if checkpoint is None:  # those of a checkpoint were checked under their names in its files
+        check_weights(program)
     recorder = Recorder(program, checkpoint)
     recorder.passes.append(check_capture(program, expected, seconds))
     say("capture", 1, 1)
-
-    passes = pipeline(recipe)
 
     def observe(program: Program, result: Any) -> None:
         recorder.after_pass(program, result)
@@ -212,24 +212,18 @@ def _build(
     return built
 
 
-_DTYPES = {
-    torch.float32: "f32", torch.bfloat16: "bf16", torch.int8: "i8", torch.uint8: "u8",
-    torch.float8_e4m3fn: "e4m3", torch.int32: "i32", torch.int64: "i64",
-}  # fmt: skip
-
-
 def _write_weights(
     writer: ArtifactWriter, program: Program, plan: Plan, say: Callable[..., None]
 ) -> None:
     """Stream the plan's weights to disk, one at a time."""
-    names = [b.name for b in plan.buffers.values() if b.kind == "weight"]
-    likes = {n: program.weights.like(n) for n in names}
-    index = [TensorSpec(n, _DTYPES[t.dtype], tuple(t.shape)) for n, t in likes.items()]
+    index = [
+        TensorSpec(b.name, b.dtype, b.shape) for b in plan.buffers.values() if b.kind == "weight"
+    ]
 
     def data() -> Any:
-        for i, name in enumerate(names):
-            yield name, _bytes(program.weights[name])
-            say("weights", i + 1, len(names))
+        for i, spec in enumerate(index):
+            yield spec.name, _bytes(program.weights[spec.name])
+            say("weights", i + 1, len(index))
 
     writer.weights(index, data())
 

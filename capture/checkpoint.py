@@ -143,9 +143,9 @@ def _config(path: Path) -> dict[str, Any]:
 
 def _known(config: dict[str, Any]) -> bool:
     """Whether the library has its own code for this type of model."""
+    _transformers()
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    _transformers()
     return config["model_type"] in CONFIG_MAPPING_NAMES
 
 

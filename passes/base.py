@@ -86,6 +86,25 @@ def same_size(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+def token_count(program: Program) -> fx.Node:
+    """The node of the step's token count, the only one after canonicalization."""
+    return next(calls(program, aten.sym_size))
+
+
+def tokens_outermost(program: Program, node: fx.Node) -> bool:
+    """Whether the node is ``[1.., T, F..]``: one row per token."""
+    count = program.input("ids").meta["val"].shape[1]
+    sizes = [s for s in node.meta["val"].shape if not (isinstance(s, int) and s == 1)]
+    return bool(sizes) and same_size(sizes[0], count) and all(isinstance(s, int) for s in sizes[1:])
+
+
+def behind_reshapes(node: fx.Node) -> fx.Node:
+    """What the node is a reshape of, if it is one."""
+    while is_call(node, aten.reshape):
+        node = node.args[0]
+    return node
+
+
 def same_shape(a: fx.Node, b: fx.Node) -> bool:
     left, right = a.meta["val"].shape, b.meta["val"].shape
     return len(left) == len(right) and all(map(same_size, left, right))

@@ -11,7 +11,18 @@ import torch
 from torch import Tensor, fx
 
 from ..ir.program import Program, Stage, is_weight, shape
-from .base import Pass, aten, calls, is_call, mill, replace, same_shape, same_size, sweep
+from .base import (
+    Pass,
+    aten,
+    calls,
+    is_call,
+    mill,
+    replace,
+    same_shape,
+    same_size,
+    sweep,
+    token_count,
+)
 from .region import dependents, fold, is_token_count
 
 
@@ -103,7 +114,7 @@ def _reshape(program: Program, node: fx.Node) -> bool:
 
 def _sizes(program: Program, node: fx.Node) -> list[int | fx.Node] | None:
     """The node's shape as arguments of a reshape; None if a size is neither a number nor T."""
-    count = next(calls(program, aten.sym_size))
+    count = token_count(program)
     sizes: list[int | fx.Node] = []
     for size in shape(node):
         if isinstance(size, int):
@@ -173,7 +184,7 @@ def _size_arithmetic(program: Program, node: fx.Node) -> bool:
     """Integer arithmetic that comes out as T, or as a plain number."""
     if not is_call(node, operator.mul, operator.add, operator.sub, operator.floordiv):
         return False
-    count = next(calls(program, aten.sym_size))
+    count = token_count(program)
     if same_size(node.meta["val"], count.meta["val"]):
         node.replace_all_uses_with(count)
         return True

@@ -8,7 +8,18 @@ from typing import NamedTuple
 from torch import fx
 
 from ..ir.program import Program, shape
-from .base import Pass, aten, calls, is_call, mill, replace, sweep
+from . import views
+from .base import (
+    Pass,
+    aten,
+    behind_reshapes,
+    calls,
+    is_call,
+    mill,
+    replace,
+    sweep,
+    token_count,
+)
 
 
 @dataclass
@@ -60,8 +71,8 @@ def _match(node: fx.Node) -> _Match | None:
     keys, values = _projection(unrotated), _projection(v)
     if keys is None or values is None or not is_call(expanded, aten.expand):
         return None
-    latent = _strip(keys.args[0])
-    if latent is not _strip(values.args[0]) or shape(k)[-2] != shape(q)[-2]:
+    latent = behind_reshapes(keys.args[0])
+    if latent is not behind_reshapes(values.args[0]) or shape(k)[-2] != shape(q)[-2]:
         return None
     heads, width = (int(s) for s in shape(k)[-2:])
     cached = int(shape(latent)[-1]) + int(shape(expanded)[-1])
@@ -72,14 +83,8 @@ def _match(node: fx.Node) -> _Match | None:
 
 def _projection(node: fx.Node) -> fx.Node | None:
     """The bias-free linear behind a reshape into heads."""
-    inner = _strip(node)
+    inner = behind_reshapes(node)
     return inner if is_call(inner, aten.linear) and len(inner.args) == 2 else None
-
-
-def _strip(node: fx.Node) -> fx.Node:
-    while is_call(node, aten.reshape):
-        node = node.args[0]
-    return node
 
 
 def _per_head(program: Program, linear: fx.Node, heads: int, kind: str) -> fx.Node:
@@ -93,11 +98,8 @@ def _per_head(program: Program, linear: fx.Node, heads: int, kind: str) -> fx.No
 
 def _flat(program: Program, node: fx.Node) -> fx.Node:
     """``[1, T, F]`` of whatever shape the model gave it."""
-    inner = _strip(node)
+    inner = behind_reshapes(node)
     if len(shape(inner)) == 3:
         return inner
-    count = next(calls(program, aten.sym_size))
-    width = 1
-    for size in shape(inner):
-        width *= size if isinstance(size, int) else 1
-    return program.call(aten.reshape.default, inner, [1, count, width], like=node)
+    sizes = [1, token_count(program), views.width(inner)]
+    return program.call(aten.reshape.default, inner, sizes, like=node)

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from ..ir import expr
 from ..ir.ops import experts as experts_reference
 from ..ir.program import Program, is_weight, shape
-from .base import Pass, ancestors, aten, calls, is_call, mill, replace, sweep
+from .base import Pass, ancestors, aten, behind_reshapes, calls, is_call, mill, replace, sweep
 from .region import Region
 
 _ACTIVATIONS = (
@@ -121,9 +121,9 @@ class _Block:
     @classmethod
     def read(cls, program: Program, links: list[_Link]) -> _Block | None:
         first = links[0]
-        x, ids, shares = first.x, first.ids, _strip(first.shares)
+        x, ids, shares = first.x, first.ids, behind_reshapes(first.shares)
         same = all(
-            link.x is x and link.ids is ids and _strip(link.shares) is shares
+            link.x is x and link.ids is ids and behind_reshapes(link.shares) is shares
             and len(link.up) == len(first.up)
             for link in links
         )  # fmt: skip
@@ -189,13 +189,6 @@ def _activation(link: _Link) -> str | None:
         if torch.allclose(expr.evaluate(parsed, operands), actual, atol=1e-5):
             return candidate
     return None
-
-
-def _strip(node: fx.Node) -> fx.Node:
-    """Routing weights ``[T, k]`` under the reshape that broadcasts them."""
-    while is_call(node, aten.reshape):
-        node = node.args[0]
-    return node
 
 
 def _common(first: str, last: str) -> str:

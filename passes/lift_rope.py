@@ -18,7 +18,8 @@ from torch import Tensor, fx
 from ..errors import Unsupported
 from ..ir.ops import rope as rope_reference
 from ..ir.program import Program, is_weight, shape, where
-from .base import Pass, aten, calls, is_call, mill, same_size, sweep
+from . import views
+from .base import Pass, aten, calls, is_call, mill, sweep, token_count, tokens_outermost
 from .canonicalize import rows_of
 from .region import Region, is_token_count
 
@@ -136,9 +137,9 @@ class _Probe:
     ) -> None:
         self.program, self.target, self.sources, self.tables = program, target, sources, tables
         for source in sources:
-            if not _tokens_outermost(program, source):
+            if not tokens_outermost(program, source):
                 raise _cannot(source, "a projection's tokens are not its outermost dim")
-        self.widths = [_row(s) for s in sources]
+        self.widths = [views.width(s) for s in sources]
         self.region = Region([target], [*sources, *tables])
         self.rng = torch.Generator().manual_seed(0)
 
@@ -189,7 +190,7 @@ class _Probe:
 
 def _pieces(sources: list[fx.Node], columns: Tensor) -> list[_Piece]:
     """Cut a head's columns where the source changes, or how many heads share it."""
-    widths = torch.tensor([0] + [_row(s) for s in sources]).cumsum(0)
+    widths = torch.tensor([0] + [views.width(s) for s in sources]).cumsum(0)
     owner = torch.bucketize(columns, widths[1:], right=True)
     if not (owner == owner[:1]).all():
         raise _cannot(sources[0], "heads are taken from different projections")
@@ -295,7 +296,7 @@ def _build_piece(
         raise _cannot(found.node, "parts of a head are shared by different groups of heads")
     heads = found.heads // piece.group
     flat = _columns(program, piece.source, piece.columns[:: piece.group].flatten())
-    count = next(calls(program, aten.sym_size))
+    count = token_count(program)
     x = program.call(
         aten.reshape.default, flat, [1, count, heads, piece.end - piece.begin], like=found.node
     )
@@ -317,14 +318,14 @@ def _build_piece(
 
 def _columns(program: Program, source: fx.Node, columns: Tensor) -> fx.Node:
     """Columns of a source: all of it, a projection with those rows of its weight, or a slice."""
-    width = _row(source)
+    width = views.width(source)
     if torch.equal(columns, torch.arange(width)):
         return source
     if is_call(source, aten.linear):
         return rows_of(program, source, columns)
     begin = int(columns[0])
     if len(shape(source)) > 1 and torch.equal(columns, torch.arange(begin, begin + len(columns))):
-        count = next(calls(program, aten.sym_size))
+        count = token_count(program)
         flat = program.call(aten.reshape.default, source, [1, count, width], like=source)
         return program.call(aten.slice.Tensor, flat, -1, begin, begin + len(columns), like=source)
     raise _cannot(
@@ -364,20 +365,6 @@ def _table(
 
 def _after_inputs(program: Program) -> fx.Node:
     return next(n for n in program.graph.nodes if n.op == "call_function")
-
-
-def _tokens_outermost(program: Program, node: fx.Node) -> bool:
-    count = program.input("ids").meta["val"].shape[1]
-    sizes = [s for s in shape(node) if not (isinstance(s, int) and s == 1)]
-    return bool(sizes) and same_size(sizes[0], count) and all(isinstance(s, int) for s in sizes[1:])
-
-
-def _row(node: fx.Node) -> int:
-    """Elements per token."""
-    width = 1
-    for size in shape(node):
-        width *= size if isinstance(size, int) else 1
-    return width
 
 
 def _cannot(node: fx.Node, what: str) -> Unsupported:

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, fx
 
 from ..ir.program import Program, shape
-from .base import Pass, aten, calls, is_call, mill, replace, same_size, sweep
+from .base import (
+    Pass,
+    aten,
+    is_call,
+    mill,
+    replace,
+    sweep,
+    token_count,
+    tokens_outermost,
+)
 from .region import Region, dependents
 
 
@@ -50,9 +59,7 @@ def _is_table(program: Program, node: fx.Node) -> bool:
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
         return False
-    count = program.input("ids").meta["val"].shape[1]
-    sizes = [s for s in value.shape if not (isinstance(s, int) and s == 1)]
-    return bool(sizes) and same_size(sizes[0], count) and all(isinstance(s, int) for s in sizes[1:])
+    return tokens_outermost(program, node)
 
 
 def _lookup(program: Program, node: fx.Node) -> fx.Node:
@@ -61,7 +68,7 @@ def _lookup(program: Program, node: fx.Node) -> fx.Node:
     name = tabulated(program, node)
     table = program.weight(name)
     rows = program.call(mill.embed.default, [table], positions, "fp32", like=node)
-    count = next(calls(program, aten.sym_size))
+    count = token_count(program)
     sizes = [s if isinstance(s, int) else count for s in shape(node)]
     if complex_:
         pairs = program.call(aten.reshape.default, rows, [*sizes, 2])
