@@ -1,4 +1,4 @@
-"""The command line: ``tokenmill optimize | run | eval | inspect | verify | doctor``.
+"""The command line: ``tokenmill optimize | run | eval | bench | inspect | verify | doctor``.
 
 A command prints for people, or with ``--json`` exactly one JSON object, on standard output;
 progress, logs and errors go to standard error.  Exit status: 0 done, 1 a defect of tokenmill (or of
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from .console import answering, facts_view, pairs, progress_bar
+from .console import answering, bench_view, facts_view, pairs, progress_bar, steps_view
 from .errors import BadRequest
 
 if TYPE_CHECKING:
@@ -203,6 +203,61 @@ def eval_(
                 original = api.original(against, trust_remote_code=trust_remote_code)
             answer.data = evaluate(session, words, original, window, stride, progress)
         answer.shown = [pairs({name: f"{value:.6g}" for name, value in answer.data.items()})]
+
+
+@app.command()
+def bench(
+    directory: Dir,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="The original: run it eagerly in bf16, taking turns."),
+    ] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 512,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate after it.")] = 128,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Also decode so many sequences at once.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Default: the cores that this process may use.")
+    ] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Rounds, after one to warm up.")] = 5,
+    steps: Annotated[
+        bool, typer.Option("--steps", help="Instead, time every kernel by itself.")
+    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Measure how fast the artifact DIR runs on this machine.
+
+    Gives tokens/s of the prompt and of decoding, with the GB/s that decoding reads and its fraction
+    of this machine's read bandwidth, peak memory and the time to load; all medians over rounds.
+    """
+    if steps:
+        return _bench_steps(directory, prompt, threads, as_json)
+    with answering(as_json) as answer:
+        from .bench import bench as measure
+
+        with progress_bar() as progress:
+            answer.data = measure(
+                directory,
+                against,
+                prompt=prompt,
+                tokens=tokens,
+                batch=batch,
+                threads=threads,
+                repeat=repeat,
+                trust_remote_code=trust_remote_code,
+                progress=progress,
+            )
+        answer.shown = bench_view(answer.data)
+
+
+def _bench_steps(directory: Path, prompt: int, threads: int | None, as_json: bool) -> None:
+    with answering(as_json) as answer:
+        from .profiling import profile
+
+        answer.data = profile(directory, prompt, threads)
+        answer.shown = steps_view(answer.data)
 
 
 @app.command()

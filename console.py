@@ -128,3 +128,85 @@ def _kernels(facts: Mapping[str, Any]) -> str:
     externs = facts["extern_steps"]
     lines = [f"{len(facts['kernels'])} kernels, {len(externs)} steps left to torch"]
     return "\n".join(lines + [f"  {step['op']} at {step['where']}" for step in externs])
+
+
+def bench_view(found: Mapping[str, Any]) -> list[RenderableType]:
+    """How fast an artifact is, and what that says of the machine."""
+    machine, memory, load = found["hardware"], found["memory"], found["load"]
+    facts = pairs({
+        "machine": f"{machine['processor']}, {found['threads']} threads",
+        "read bandwidth": f"{found['bandwidth']['gb_per_s']:.1f} GB/s ({_range(found['bandwidth'])})",
+        "peak memory": f"{size(memory['peak_bytes'])}, {memory['ratio']:.2f} times weights and cache "
+        f"({size(memory['packed_bytes'])})",
+        "first token": f"{seconds(load['first_token_s'])} after opening, "
+        f"{seconds(load['process_s'])} after the process starts",
+    })  # fmt: skip
+    shown: list[RenderableType] = ["", _speeds(found), ""]
+    if "against" in found:
+        shown += [_comparison(found), ""]
+    return [*shown, facts]
+
+
+def steps_view(found: Mapping[str, Any]) -> list[RenderableType]:
+    """The time of every kernel, in the prompt's step and in one of decoding."""
+    shown: list[RenderableType] = []
+    for phase, kernels in found.items():
+        total = sum(kernel["seconds"] for kernel in kernels)
+        table = Table(f"{phase}, {total * 1e3:.3g} ms", box=None, pad_edge=False)
+        for name in ("calls", "ms", "share", "weights", "GB/s"):
+            table.add_column(name, justify="right")
+        for k in kernels:
+            read = (
+                (size(k["weight_bytes"]), f"{k['gb_per_s']:.1f}") if k["weight_bytes"] else ("", "")
+            )
+            share = f"{k['seconds'] / total:.1%}"
+            table.add_row(k["kernel"], str(k["calls"]), f"{k['seconds'] * 1e3:.3f}", share, *read)
+        shown += ["", table]
+    return shown
+
+
+def _speeds(found: Mapping[str, Any]) -> Table:
+    table = Table("", box=None, pad_edge=False)
+    for name in ("tokens/s", "lowest..highest", "step reads", "GB/s", "of bandwidth"):
+        table.add_column(name, justify="right")
+    for name, title in _titles(found).items():
+        table.add_row(title, *_rate(found[name]), *_traffic(found[name]))
+    return table
+
+
+def _comparison(found: Mapping[str, Any]) -> Table:
+    table = Table("transformers, bf16", box=None, pad_edge=False)
+    for name in ("tokens/s", "lowest..highest", "the artifact has"):
+        table.add_column(name, justify="right")
+    for name, title in _titles(found).items():
+        times = f"{found['speedup'][name]:.1f}x"
+        table.add_row(title, *_rate(found["against"][name]), times)
+    return table
+
+
+def _titles(found: Mapping[str, Any]) -> dict[str, str]:
+    work = found["workload"]
+    titles = {
+        "prefill": f"prefill {work['prompt']}",
+        "decode": f"decode {work['tokens']} after {work['prompt']}",
+    }
+    if "batched" in found:
+        titles["batched"] = f"the same, {found['batched']['sequences']} sequences"
+    return titles
+
+
+def _rate(speed: Mapping[str, Any]) -> tuple[str, str]:
+    return amount(speed["tokens_per_s"]), _range(speed)
+
+
+def _range(measured: Mapping[str, Any]) -> str:
+    return "..".join(
+        f"{value:.3g}" if value < 1000 else amount(value) for value in measured["spread"]
+    )
+
+
+def _traffic(speed: Mapping[str, Any]) -> tuple[str, str, str]:
+    if "gb_per_s" not in speed:  # a prompt is bound by arithmetic
+        return "", "", ""
+    read = size(sum(speed["bytes_per_step"].values()))
+    return read, f"{speed['gb_per_s']:.1f}", f"{speed['fraction']:.0%}"

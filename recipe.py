@@ -3,15 +3,15 @@
 A preset gives every weight a format by its *role*; rules change single weights.  The presets keep
 high what is small and sensitive, and save where most of the bytes are:
 
-=========  ======  =============  ====  ====================  ============
-weights    expert  linear         head  embedding, latent_up  router, norm
-=========  ======  =============  ====  ====================  ============
-int4[-gG]  int4    int8           int8  bf16                  fp32
-int8       int8    int8           int8  bf16                  fp32
-fp8        fp8     fp8            bf16  bf16                  fp32
-bf16       bf16    bf16           bf16  bf16                  fp32
-fp32       fp32    fp32           fp32  fp32                  fp32
-=========  ======  =============  ====  ====================  ============
+=========  ======  =============  ===============  =========  ============
+weights    expert  linear         head, latent_up  embedding  router, norm
+=========  ======  =============  ===============  =========  ============
+int4[-gG]  int4    int8           int8             bf16       fp32
+int8       int8    int8           int8             bf16       fp32
+fp8        fp8     fp8            bf16             bf16       fp32
+bf16       bf16    bf16           bf16             bf16       fp32
+fp32       fp32    fp32           fp32             fp32       fp32
+=========  ======  =============  ===============  =========  ============
 
 >>> recipe = Recipe(weights="int4", rules=[Rule(match="model.layers.0.*", format="bf16")])
 >>> recipe.format_for(["model.layers.1.mlp.experts.down_proj"], "expert")
@@ -51,14 +51,28 @@ ROLES: tuple[Role, ...] = get_args(Role)
 WEIGHT_FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
 CACHE_FORMATS: tuple[CacheFormat, ...] = get_args(CacheFormat)
 
-# Why these roles stay at 16 bits or more, whatever a rule says.
-_SENSITIVE: dict[str, str] = {
-    "router": "a rounded gate sends tokens to other experts",
-    "norm": "norm weights scale whole rows and are too few to save anything",
-    "latent_up": "W_UK and W_UV enter every attention score and lose far more than they save",
-    "embedding": "embedding rows are looked up, a few bytes a token: little to save, much to lose",
+_HIGH: tuple[WeightFormat, ...] = ("fp32", "bf16")
+# What these roles may be, whatever a rule says, and why.
+_SENSITIVE: dict[str, tuple[tuple[WeightFormat, ...], str]] = {
+    "router": (_HIGH, "a rounded gate sends tokens to other experts"),
+    "norm": (_HIGH, "norm weights scale whole rows and are too few to save anything"),
+    "latent_up": (
+        (*_HIGH, "int8"),
+        "W_UK and W_UV enter every attention score and lose far more than 4 or 8 floating bits save",
+    ),
+    "embedding": (
+        _HIGH,
+        "embedding rows are looked up, a few bytes a token: little to save, much to lose",
+    ),
 }
-_HIGH = ("fp32", "bf16")
+
+
+def _unfit(role: str | None, format: WeightFormat) -> str | None:
+    """Why weights of this role must not have this format; None if they may."""
+    allowed, why = _SENSITIVE.get(role or "", (WEIGHT_FORMATS, ""))
+    if format in allowed:
+        return None
+    return f"role {role} may be {', '.join(allowed[:-1])} or {allowed[-1]} only: {why}"
 
 
 def _spell_out(name: WeightFormat) -> WeightFormat:
@@ -85,8 +99,8 @@ class Rule(BaseModel):
         role = self.role
         if role is not None and role not in ROLES:
             raise ValueError(f"unknown role {role!r}: one of {', '.join(ROLES)}")
-        if role in _SENSITIVE and self.format not in _HIGH:
-            raise ValueError(f"role {role} may be fp32 or bf16 only: {_SENSITIVE[role]}")
+        if why := _unfit(role, self.format):
+            raise ValueError(why)
         return self
 
     @property
@@ -146,11 +160,10 @@ class Recipe(BaseModel):
         for index, rule in enumerate(self.rules):
             if not rule.applies(names, role):
                 continue
-            if role in _SENSITIVE and rule.format not in _HIGH:
+            if why := _unfit(role, rule.format):
                 raise BadRecipe(
                     where=f"rules[{index}]",
-                    reason=f"{rule.match!r} puts {names[0]} ({role}) in {rule.format}: "
-                    f"{_SENSITIVE[role]}",
+                    reason=f"{rule.match!r} puts {names[0]} in {rule.format}: {why}",
                     advice="narrow the pattern, or put before it a rule with match: role:"
                     f"{role} and format: fp32 or bf16",
                 )
@@ -165,13 +178,13 @@ def _preset(weights: WeightFormat, role: Role) -> str:
     match role:
         case "router" | "norm":
             return "fp32"
-        case "embedding" | "latent_up":
+        case "embedding":
             return "bf16"
         case "expert":
             return weights
         case "linear":
             return "int8" if weights.startswith("int4") else weights
-        case "head":
+        case "head" | "latent_up":
             return "int8" if weights.startswith("int") else "bf16"
 
 

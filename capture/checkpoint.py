@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -59,8 +59,8 @@ class Checkpoint:
     def tokenizer_files(self) -> list[Path]:
         return [f for n in TOKENIZER_FILES if (f := self.path / n).is_file()]
 
-    def load(self) -> Any:
-        """The transformers model in fp32, in eval mode, every parameter from the checkpoint.
+    def load(self, dtype: Literal["float32", "bfloat16"] = "float32") -> Any:
+        """The transformers model in ``dtype``, in eval mode, every parameter from the checkpoint.
 
         Raises BadWeight for NaN or Inf, WeightsMissing or WeightsMismatch if the weights are not those
         of the config.
@@ -72,7 +72,7 @@ class Checkpoint:
         transformers.logging.disable_progress_bar()
         try:
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                self.path, dtype="float32", trust_remote_code=self.trust_remote_code,
+                self.path, dtype=dtype, trust_remote_code=self.trust_remote_code,
                 output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True,
             )  # fmt: skip
         except (ValueError, KeyError, AttributeError, TypeError, ImportError) as error:

@@ -1,7 +1,8 @@
 """The torch meaning of every kernel, so that a plan also runs without a compiler.
 
 One function per :data:`KernelSpec`, under the same stem as its emitters.  All compute in fp32 from the
-references of ``ir``: :func:`quant.dequantize`, :mod:`ir.cache`, :func:`router.route`, :func:`expr.evaluate`.
+references of ``ir``: :func:`quant.dequantize`, :mod:`ir.cache`, :func:`router.route`, :func:`expr.evaluate`,
+and products round their inputs as the kernels do (:func:`quant.round_inputs`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..ir import cache as kv
-from ..ir import expr, quant, router
+from ..ir import expr, packing, quant, router
 from ..ir.cache import Batch
 from ..ir.plan import (
     Attend,
@@ -152,13 +153,20 @@ def norm(spec: Norm, o: Operands, batch: Batch) -> Outputs:
     return {"out": x.flatten(-2)} | ({"sum": total.clone()} if spec.residual else {})
 
 
-def _weight(o: Operands, fmt: str, k: int, prefix: str = "") -> Tensor:
+def _weight(o: Operands, fmt: str, n: int, k: int, prefix: str = "", parts: int = 1) -> Tensor:
+    """The matrix ``[..., parts * n, k]`` that panels stand for."""
     spec = quant.parse(fmt)
-    return quant.dequantize({p: o[prefix + p] for p in spec.parts}, spec, k)
+    panels = {p: o[prefix + p] for p in spec.parts}
+    return quant.dequantize(packing.unpack(panels, spec, n, k, parts), spec, k)
+
+
+def _rounded(x: Tensor, fmt: str) -> Tensor:
+    return quant.round_inputs(x, quant.parse(fmt))
 
 
 def linear(spec: Linear, o: Operands, batch: Batch) -> Outputs:
-    y = o["x"] @ _weight(o, spec.format, spec.k).T
+    weight = _weight(o, spec.format, spec.n, spec.k, parts=spec.parts)
+    y = _rounded(o["x"], spec.format) @ weight.T
     if spec.bias:
         y = y + o["bias"]
     acc = {f"acc{i}": part for i, part in enumerate(y.split(spec.n, -1))}
@@ -200,14 +208,23 @@ def _visible(batch: Batch, lo: int, hi: int, length: int, window: int) -> Tensor
     return (j <= p) & (j > p - window) if window else j <= p
 
 
+def _short(x: Tensor, cache_format: str) -> Tensor:
+    """``x`` in the arithmetic of attention: BF16 unless the cache is FP32."""
+    return x if cache_format == "fp32" else x.bfloat16().float()
+
+
 def attend(spec: Attend, o: Operands, batch: Batch) -> Outputs:
     out = torch.zeros(o["q"].shape[0], spec.heads, spec.value_dim)
     group = spec.heads // spec.heads_kv
     for b, lo, hi, length in _spans(batch):
-        key, value = kv.read(spec.cache, o["cache"], batch, b, length)
-        key = key.unflatten(-1, (spec.heads_kv, -1)).repeat_interleave(group, 1)
-        value = value.unflatten(-1, (spec.heads_kv, -1)).repeat_interleave(group, 1)
-        q = o["q"][lo:hi].unflatten(-1, (spec.heads, spec.head_dim))
+        parts = kv.read(spec.cache, o["cache"], batch, b, length)
+        key, value = (
+            _short(part, spec.cache_format)
+            .unflatten(-1, (spec.heads_kv, -1))
+            .repeat_interleave(group, 1)
+            for part in parts
+        )
+        q = _short(o["q"][lo:hi].unflatten(-1, (spec.heads, spec.head_dim)), spec.cache_format)
         score = torch.einsum("thd,jhd->htj", q, key) * spec.scale
         if spec.softcap:
             score = spec.softcap * torch.tanh(score / spec.softcap)
@@ -221,19 +238,37 @@ def attend(spec: Attend, o: Operands, batch: Batch) -> Outputs:
 
 
 def latent_attend(spec: LatentAttend, o: Operands, batch: Batch) -> Outputs:
+    """Rounded as the kernel rounds, which differs between few queries (absorbed) and many (expanded)."""
     out = torch.zeros(o["q"].shape[0], spec.heads, spec.value)
-    w_uk, w_uv = o["w_uk"].float(), o["w_uv"].float()
+    up = quant.parse(spec.up_format)
+    turned = {up.parts[0]: o["w_uk_" + up.parts[0]]}
+    w_uk = next(iter(packing.unpack(turned, up, spec.latent, spec.nope).values())).float().mT
+    scale = o["w_uk_scale"] if "scale" in up.parts else torch.ones(spec.heads, spec.nope)
+    w_uv = _weight(o, spec.up_format, spec.value, spec.latent, "w_uv_")
+
+    def short(x: Tensor) -> Tensor:
+        return _short(x, spec.cache_format)
+
     for b, lo, hi, length in _spans(batch):
-        latent, k_pe = kv.read(spec.cache, o["cache"], batch, b, length)
+        latent, k_pe = map(short, kv.read(spec.cache, o["cache"], batch, b, length))
         q = o["q"][lo:hi].unflatten(-1, (spec.heads, spec.nope + spec.rope))
         q_nope, q_pe = q.split((spec.nope, spec.rope), -1)
-        q_latent = torch.einsum("thn,hnl->thl", q_nope, w_uk)
-        score = torch.einsum("thl,jl->htj", q_latent, latent) + torch.einsum(
-            "thr,jr->htj", q_pe, k_pe
-        )
-        score = (score * spec.scale).masked_fill(~_visible(batch, lo, hi, length, 0), -torch.inf)
-        mixed = torch.einsum("htj,jl->thl", score.softmax(-1), latent)
-        out[lo:hi] = torch.einsum("thl,hvl->thv", mixed, w_uv)
+        absorbed = hi - lo < spec.absorb_below
+        if absorbed:
+            scaled = _rounded(q_nope * scale, spec.up_format)
+            q_latent = short(torch.einsum("thn,hnl->thl", scaled, w_uk))
+            score = torch.einsum("thl,jl->htj", q_latent, latent)
+        else:
+            key = short(torch.einsum("jl,hnl->jhn", latent, short(w_uk * scale[..., None])))
+            score = torch.einsum("thn,jhn->htj", short(q_nope), key)
+        score = (score + torch.einsum("thr,jr->htj", short(q_pe), k_pe)) * spec.scale
+        p = score.masked_fill(~_visible(batch, lo, hi, length, 0), -torch.inf).softmax(-1)
+        if absorbed:
+            mixed = _rounded(torch.einsum("htj,jl->thl", p, latent), spec.up_format)
+            out[lo:hi] = torch.einsum("thl,hvl->thv", mixed, w_uv)
+        else:
+            value = short(torch.einsum("jl,hvl->jhv", latent, short(w_uv)))
+            out[lo:hi] = torch.einsum("htj,jhv->thv", p, value)
     return {"out": out.flatten(1)}
 
 
@@ -243,15 +278,18 @@ def route(spec: Route, o: Operands, batch: Batch) -> Outputs:
 
 
 def experts(spec: Experts, o: Operands, batch: Batch) -> Outputs:
-    x, ids = o["x"], o["ids"].long()
-    gate_up = _weight(o, spec.gate_up_format, spec.hidden, "gate_up_")
-    down = _weight(o, spec.down_format, spec.inter, "down_")
-    out = o["residual"].clone() if spec.residual else torch.zeros_like(x)
+    x, ids = _rounded(o["x"], spec.gate_up_format), o["ids"].long()
+    gate_up = _weight(
+        o, spec.gate_up_format, spec.inter, spec.hidden, "gate_up_", 2 if spec.gated else 1
+    )
+    down = _weight(o, spec.down_format, spec.hidden, spec.inter, "down_")
+    out = o["residual"].clone() if spec.residual else torch.zeros_like(o["x"])
     for e in ids.unique().tolist():
         token, choice = (ids == e).nonzero(as_tuple=True)
-        inner = (x[token] @ gate_up[e].T).split(spec.inter, -1)
-        acc = {f"acc{i}": part for i, part in enumerate(inner)}
-        y = expr.evaluate(expr.parse(spec.activation), acc) @ down[e].T
+        parts = (x[token] @ gate_up[e].T).split(spec.inter, -1)
+        acc = {f"acc{i}": part for i, part in enumerate(parts)}
+        inner = expr.evaluate(expr.parse(spec.activation), acc)
+        y = _rounded(inner, spec.down_format) @ down[e].T
         out.index_add_(0, token, y * o["weights"][token, choice, None])
     return {"out": out}
 

@@ -140,7 +140,7 @@ def linear(
     >>> linear(x, [gate_up], None, [], "fp32", 2, "acc0 + acc1").tolist()
     [[5.0]]
     """
-    w = quant.dequantize(_parts(format, weight), quant.parse(format), x.shape[-1])
+    w = _weight(format, weight, x.shape[-1])
     accumulators = F.linear(x, w, bias).chunk(parts, -1)
     operands = {f"acc{i}": a for i, a in enumerate(accumulators)}
     operands |= {f"e{i}": e for i, e in enumerate(extras)}
@@ -157,7 +157,7 @@ def dequantize(parts: list[Tensor], format: str, k: int) -> Tensor:
     >>> dequantize([torch.tensor([[2]], dtype=torch.int8), torch.tensor([0.5])], "int8", 1).tolist()
     [[1.0]]
     """
-    values = quant.dequantize(_parts(format, parts), quant.parse(format), k)
+    values = _weight(format, parts, k)
     # The fp32 format is its own value, and an op must not return its argument.
     return values.clone() if values is parts[0] else values
 
@@ -306,7 +306,8 @@ def latent_attention(
     """
     c, r = (t.reshape(-1, t.shape[-1]) for t in (latent, k_rope))
     queries = q.reshape(-1, *q.shape[-2:])
-    out = _expanded(queries, c, r, w_uk[0].float(), w_uv[0].float(), 0, scale)
+    up, down = (_weight(format, w, c.shape[-1]) for w in (w_uk, w_uv))
+    out = _expanded(queries, c, r, up, down, 0, scale)
     return out.reshape(*q.shape[:-1], w_uv[0].shape[-2])
 
 
@@ -329,7 +330,8 @@ def cached_latent_attention(
     rank, rotary = latent.shape[-1], k_rope.shape[-1]
     spec = latent_cache("", cache_format, rank, rotary)
     kv.write(spec, cache, batch, [t.reshape(-1, t.shape[-1]) for t in (latent, k_rope)])
-    queries, up, down = q.reshape(-1, *q.shape[-2:]), w_uk[0].float(), w_uv[0].float()
+    queries = q.reshape(-1, *q.shape[-2:])
+    up, down = (_weight(format, w, rank) for w in (w_uk, w_uv))
     out = torch.zeros(*queries.shape[:-1], down.shape[-2])
     for b, lo, hi, first in _sequences(batch):
         c, r = kv.read(spec, cache, batch, b, first + hi - lo)
@@ -414,8 +416,8 @@ def experts(
     """
     tokens, hidden = x.reshape(-1, x.shape[-1]), x.shape[-1]
     inter = gate_up[0].shape[-2] // (2 if gated else 1)
-    up = quant.dequantize(_parts(gate_up_format, gate_up), quant.parse(gate_up_format), hidden)
-    low = quant.dequantize(_parts(down_format, down), quant.parse(down_format), inter)
+    up = _weight(gate_up_format, gate_up, hidden)
+    low = _weight(down_format, down, inter)
     chosen, share = ids.reshape(len(tokens), -1), weights.reshape(len(tokens), -1)
     out = torch.zeros_like(tokens)
     for e in chosen.unique().tolist():
@@ -427,5 +429,7 @@ def experts(
     return total if residual is None else total + residual
 
 
-def _parts(format: str, tensors: list[Tensor]) -> dict[str, Tensor]:
-    return dict(zip(quant.parse(format).parts, tensors, strict=True))
+def _weight(format: str, parts: list[Tensor], k: int) -> Tensor:
+    """The fp32 matrix ``[..., N, k]`` of a weight's parts."""
+    fmt = quant.parse(format)
+    return quant.dequantize(dict(zip(fmt.parts, parts, strict=True)), fmt, k)

@@ -4,7 +4,8 @@ A plan is a flat list of steps over named buffers.  A step binds a :data:`Kernel
 everything that code generation needs and nothing else; layers of the same structure share one) to
 operands, or is an extern step that torch runs.  Activations are fp32 row-major ``[rows, width]`` where
 rows is the step's token count ``T`` or its count of selected output rows ``R``; an operand may be a
-column range of a buffer, so splitting and joining along columns cost nothing.
+column range of a buffer, so splitting and joining along columns cost nothing.  Matrices that kernels
+multiply with are stored as panels (:mod:`ir.packing`).
 
 >>> spec = Linear(n=64, k=32, format="int8")
 >>> spec.params
@@ -240,10 +241,10 @@ class Attend:
 class LatentAttend:
     """Multi-head latent attention over a paged cache of latents [latent] and shared rotary keys [rope].
 
-    ``q`` is [heads, nope + rope]; w_uk [heads, nope, latent] and w_uv [heads, value, latent], bf16 or
-    fp32.  Absorbed: score = scale (q_nope w_uk . c + q_pe . k_pe), out = w_uv sum(p c).  Expanded:
-    k = [w_uk c, k_pe], v = w_uv c.  Both are this op; a kernel picks by query count (see
-    ``absorb_below``).
+    ``q`` is [heads, nope + rope]; w_uk [heads, nope, latent] and w_uv [heads, value, latent].  Panels of
+    w_uk have the latents as rows and nope as inputs; its INT8 scales stay [heads, nope].
+    Absorbed: score = scale (q_nope w_uk . c + q_pe . k_pe), out = w_uv sum(p c).  Expanded: k =
+    [w_uk c, k_pe], v = w_uv c.  Both are this op; a kernel picks by query count (``absorb_below``).
     """
 
     kind: ClassVar[str] = "latent_attend"
@@ -254,12 +255,14 @@ class LatentAttend:
     value: int
     scale: float
     cache_format: str
-    up_format: Literal["fp32", "bf16"] = "bf16"
+    up_format: Literal["fp32", "bf16", "int8"] = "bf16"
     absorb_below: int = 128
 
     @property
     def params(self) -> tuple[str, ...]:
-        return ("q", "w_uk", "w_uv", "cache", "out")
+        parts = quant.parse(self.up_format).parts
+        ups = (f"{up}_{part}" for up in ("w_uk", "w_uv") for part in parts)
+        return ("q", *ups, "cache", "out")
 
     @property
     def cache(self) -> CacheSpec:

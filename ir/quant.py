@@ -15,6 +15,9 @@ fp8         ``q  [..., N, K]`` float8_e4m3fn                fp32 ``[..., ceil(N/
 INT4 stores ``value + 8``, the element with the even index in the low nibble; the last group of a row
 may be shorter than G, and an odd K is padded with one zero (nibble 8).
 
+Kernels on a CPU multiply in the arithmetic of the weight: BF16 weights with inputs rounded to BF16, INT8 and
+INT4 weights with inputs rounded to INT8, one scale per 32 of them and token (:func:`round_inputs`).
+
 >>> w = torch.tensor([[-8.0, 7.0, 2.0]])
 >>> parts = quantize(w, parse("int4-g32"))
 >>> [f"{byte:02x}" for byte in parts["q"][0].tolist()], parts["scale"].tolist()
@@ -35,6 +38,7 @@ from torch import Tensor
 
 FP8_BLOCK = 128
 FP8_MAX = 448.0
+INPUT_GROUP = 32
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,21 @@ def dequantize(parts: Mapping[str, Tensor], fmt: Format, k: int) -> Tensor:
         case _:
             values = torch.stack((q & 15, q >> 4), -1).flatten(-2)[..., :k].float() - 8.0
             return values * scale.repeat_interleave(fmt.group, -1)[..., :k]
+
+
+def round_inputs(x: Tensor, fmt: Format) -> Tensor:
+    """The fp32 numbers ``[..., K]`` that a CPU kernel multiplies weights of this format with."""
+    match fmt.name:
+        case "fp32" | "fp8":
+            return x
+        case "bf16":
+            return x.bfloat16().float()
+    k = x.shape[-1]
+    groups = F.pad(x, (0, -k % INPUT_GROUP)).unflatten(-1, (-1, INPUT_GROUP))
+    scale = groups.abs().amax(-1, keepdim=True) / 127.0
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 0.0, scale)
+    q = (groups * (1.0 / _divisor(scale))).round()
+    return (q * scale).flatten(-2)[..., :k]
 
 
 def _divisor(scale: Tensor) -> Tensor:

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import NotLowered
+from ..ir.packing import pack_part
 from ..ir.plan import Buffer, Capacity, KernelSpec, Operand, Plan, Pointwise, Rows, Step
 from ..ir.program import BATCH_INPUTS, INPUTS, Program, is_weight, module_path, shape, where
+from ..ir.quant import parse
 from . import views
 from .base import aten, is_call, mill
 from .lower_extern import extern, extern_dtype
@@ -120,6 +122,26 @@ class Lowering:
         if name not in self.program.weights:
             self.program.weights.derive(name, function, source)
         return name
+
+    def panels(
+        self,
+        node: fx.Node,
+        part: str,
+        format: str,
+        rows: int,
+        parts: int = 1,
+        turned: bool = False,
+    ) -> Operand:
+        """One part of a weight of ``rows`` rows, as :func:`packing.pack_part` orders it."""
+        suffix = "turned" if turned else "panels" if parts == 1 else f"panels{parts}"
+        fmt = parse(format)
+
+        def pack(weight: Tensor) -> Tensor:
+            if turned:
+                weight = weight.transpose(-1, -2)
+            return pack_part(part, weight, fmt, weight.shape[-2] if turned else rows, parts)
+
+        return self.weight(self._derived(f"{node.target}.{suffix}", pack, node.target))
 
     def channel(self, node: fx.Node, like: fx.Node) -> Operand:
         """A weight that is broadcast over rows, one number per column of ``like``."""

@@ -66,7 +66,8 @@ def _linear(low: Lowering, node: fx.Node) -> None:
     )
     n, k, has_bias = width(node), width(linear.x), linear.bias is not None
     spec = plan.Linear(n, k, linear.format, has_bias, linear.parts, linear.epilogue, kinds)
-    bind = {"x": low.operand(linear.x), **_parts(low, "", linear.format, linear.weight)}
+    weight = _panels(low, "", linear.format, linear.weight, linear.parts)
+    bind = {"x": low.operand(linear.x), **weight}
     if linear.bias is not None:
         bind["bias"] = low.operand(linear.bias)
     for i, extra in enumerate(linear.extras):
@@ -74,9 +75,15 @@ def _linear(low: Lowering, node: fx.Node) -> None:
     low.emit(node, spec, **bind, out=low.out(node))
 
 
-def _parts(low: Lowering, prefix: str, format: str, weight: list[fx.Node]) -> dict[str, Operand]:
-    names = parse(format).parts
-    return {f"{prefix}{p}": low.operand(n) for p, n in zip(names, weight, strict=True)}
+def _panels(
+    low: Lowering, prefix: str, format: str, weight: list[fx.Node], parts: int = 1
+) -> dict[str, Operand]:
+    """The parts of a weight in the order in which kernels read them."""
+    names, rows = parse(format).parts, shape(weight[0])[-2]
+    return {
+        f"{prefix}{name}": low.panels(node, name, format, rows, parts)
+        for name, node in zip(names, weight, strict=True)
+    }
 
 
 def _broadcast(low: Lowering, source: fx.Node, like: fx.Node) -> Operand:
@@ -121,8 +128,12 @@ def _cached_latent_attention(low: Lowering, node: fx.Node) -> None:
     parts = latent_cache("", cache_format, rank, rope).parts
     _cache_write(low, node, plan.CacheWrite(cache_format, parts), cache, latent, k_rope)
     spec = plan.LatentAttend(heads, nope, rope, rank, value, scale, cache_format, format)
-    inputs = {"q": q, "w_uk": w_uk[0], "w_uv": w_uv[0], "cache": cache}
-    low.emit(node, spec, **{p: low.operand(n) for p, n in inputs.items()}, out=low.out(node))
+    bind = {"q": low.operand(q), "cache": low.operand(cache)}
+    # W_UK is read along its other dim: absorbed queries are sums over what a key head adds up to.
+    bind["w_uk_" + parse(format).parts[0]] = low.panels(w_uk[0], "w", format, nope, turned=True)
+    bind |= {"w_uk_scale": low.operand(w_uk[1])} if len(w_uk) > 1 else {}
+    bind |= _panels(low, "w_uv_", format, w_uv)
+    low.emit(node, spec, **bind, out=low.out(node))
 
 
 def _cache_write(
@@ -151,8 +162,8 @@ def _experts(low: Lowering, node: fx.Node) -> None:
     if residual is not None:
         inputs["residual"] = residual
     bind = {name: low.operand(n) for name, n in inputs.items()}
-    bind |= _parts(low, "gate_up_", up_format, gate_up)
-    bind |= _parts(low, "down_", down_format, down)
+    bind |= _panels(low, "gate_up_", up_format, gate_up, 2 if gated else 1)
+    bind |= _panels(low, "down_", down_format, down)
     low.emit(node, spec, **bind, out=low.out(node))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import time
 from ctypes import POINTER, c_char_p, c_int32, c_int64, c_void_p
 from pathlib import Path
 from types import TracebackType
@@ -94,6 +95,19 @@ class CpuExecutor:
             elif self._externs:
                 self._externs.run(segment, batch)
         return self._arena.view(self.layout.output, batch.rows.size)[:, : self.layout.vocab]
+
+    def time_steps(self, batch: Batch) -> list[float]:
+        """Seconds of every step of the plan by itself, waking the threads for it included."""
+        args, seconds = self._args(batch), []
+        for segment in self._segments:
+            for step in [segment] if isinstance(segment, ExternStep) else segment:
+                start = time.perf_counter()
+                if isinstance(step, int):
+                    self._run_kernels(args, range(step, step + 1))
+                elif self._externs:
+                    self._externs.run(step, batch)
+                seconds.append(time.perf_counter() - start)
+        return seconds
 
     def close(self) -> None:
         """Stop the threads and let go of the memory; harmless when repeated."""

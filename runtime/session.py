@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import TracebackType
@@ -131,7 +131,7 @@ class Session:
             self._completion(prompt, index, max_new_tokens, how, stop)
             for index, prompt in enumerate(_as_prompts(prompts))
         ]
-        for _ in self._drive(work):
+        for _ in self.drive(work):
             pass
         return [_generation(request, start) for request in work]
 
@@ -165,9 +165,25 @@ class Session:
             Scoring(self._checked(tokens, index, new=0), self.vocab)
             for index, tokens in enumerate(sequences)
         ]
-        for _ in self._drive(work):
+        for _ in self.drive(work):
             pass
         return [request.logits for request in work]
+
+    def drive(self, work: Sequence[Request]) -> Generator[None, None, None]:
+        """Step until all of ``work`` is done; yields after each step, and cleans up when left.
+
+        For those who bring requests of their own, such as tokenmill.bench, and have checked them.
+        """
+        self._open_executor()
+        try:
+            for request in work:
+                self._scheduler.add(request)
+            while not all(request.done for request in work):
+                self._step()
+                yield
+        finally:
+            for request in work:
+                self._scheduler.cancel(request)
 
     def close(self) -> None:
         """Free threads and memory; harmless when repeated."""
@@ -191,21 +207,8 @@ class Session:
         logits = self._open_executor().run(batch)
         self._scheduler.postprocess(chunks, logits)
 
-    def _drive(self, work: Sequence[Request]) -> Iterator[None]:
-        """Step until all of ``work`` is done; yields after each step, and cleans up when left."""
-        self._open_executor()
-        try:
-            for request in work:
-                self._scheduler.add(request)
-            while not all(request.done for request in work):
-                self._step()
-                yield
-        finally:
-            for request in work:
-                self._scheduler.cancel(request)
-
     def _pieces(self, request: Completion) -> Iterator[Piece]:
-        for _ in self._drive([request]):
+        for _ in self.drive([request]):
             while request.pieces:
                 yield Piece(*request.pieces.popleft())
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tokenmill.cli import app
 from typer.testing import CliRunner, Result
 
-COMMANDS = ["optimize", "run", "eval", "inspect", "verify", "doctor"]
+COMMANDS = ["optimize", "run", "eval", "bench", "inspect", "verify", "doctor"]
 
 
 def tokenmill(*arguments: object) -> Result:
@@ -269,7 +269,9 @@ def test_no_output_directory(tiny_deepseek: Path) -> None:
     assert "--dry-run" in refused("optimize", tiny_deepseek)
 
 
-@pytest.mark.parametrize("command", [["run", "--prompt", "x"], ["verify"], ["eval", "--text", "x"]])
+@pytest.mark.parametrize(
+    "command", [["run", "--prompt", "x"], ["verify"], ["eval", "--text", "x"], ["bench"]]
+)
 def test_a_directory_that_is_no_artifact(tmp_path: Path, command: list[str]) -> None:
     refused(command[0], tmp_path, *command[1:])
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ...ir.plan import Attend
-from .cache_write import cache_type
+from .cache_write import cache_type, math_type
 from .expr import literal
-from .text import fill
+from .text import fill, signature
 
 HEADER = "attention.h"
 
@@ -18,6 +18,7 @@ def symbol(spec: Attend) -> str:
 
 def emit(spec: Attend, name: str) -> str:
     cache = spec.cache
+    sinks = ["const void *sinks"] if spec.sinks else []
     return fill(
         TEMPLATE,
         symbol=name,
@@ -28,13 +29,15 @@ def emit(spec: Attend, name: str) -> str:
         window=spec.window,
         scale=literal(spec.scale),
         softcap=literal(spec.softcap),
+        math=math_type(spec.cache_format),
         sees=f"p - {spec.window} < j <= p" if spec.window else "j <= p",
         codec=cache_type(spec.cache_format),
         row_bytes=cache.row_bytes,
         key_scale=cache.scale_offset,
         value_scale=cache.scale_offset + 4 * spec.heads_kv,
-        sinks=", const void *sinks" if spec.sinks else "",
-        sink=", ((const float *)sinks)[head]" if spec.sinks else "",
+        sinks="(const float *)sinks" if spec.sinks else "nullptr",
+        sink=", sinks[head]" if spec.sinks else "",
+        signature=signature("Rows<float> q", *sinks, "const void *cache", "Rows<float> out"),
     )
 
 
@@ -46,64 +49,118 @@ namespace $symbol {
 constexpr int HEADS = $heads, HEADS_KV = $heads_kv, GROUP = HEADS / HEADS_KV;
 constexpr int DIM = $dim, VALUE = $value, WINDOW = $window, ROW_BYTES = $row_bytes;
 constexpr float SCALE = $scale, SOFTCAP = $softcap;
-constexpr int TOKENS = max(1, 64 / GROUP), ROWS = TOKENS * GROUP;
-constexpr int KEY_PITCH = round_up(DIM, LANES), VALUE_PITCH = round_up(VALUE, LANES);
-constexpr int TILE_FLOATS = PAGE * max(KEY_PITCH, VALUE_PITCH);
 using Cache = $codec;
-constexpr size_t SHARED = 0;
-constexpr size_t LOCAL = Scratch::sizes<float>(ROWS * DIM, TILE_FLOATS, KEY_PITCH * PAGE, ROWS * PAGE,
-                                               ROWS * VALUE_PITCH, ROWS, ROWS, ROWS);
+using Math = $math;
+using Inputs = Math::Panel::Inputs;
+using KeysOf = KeyRows<Math, Cache, DIM, ROW_BYTES>;
+using ValuesOf = KeyRows<Math, Cache, VALUE, ROW_BYTES>;
 
-TM_NOINLINE void run(Thread &th, int, Rows<float> q$sinks, const void *cache,
-                     Rows<float> out) {
-  const tm_args &a = *th.args;
-  Scratch scratch{th.local};
-  float *qs = scratch.take<float>(ROWS * DIM);
-  float *tile = scratch.take<float>(TILE_FLOATS);
-  float *keys = scratch.take<float>(KEY_PITCH * PAGE);
-  float *s = scratch.take<float>(ROWS * PAGE);
-  float *sums = scratch.take<float>(ROWS * VALUE_PITCH);
-  float *peak = scratch.take<float>(ROWS), *total = scratch.take<float>(ROWS);
-  float *shrink = scratch.take<float>(ROWS);
+// A tile is some tokens of a sequence with the GROUP heads of one kv head: row r is token r / GROUP.
+// Jobs that take part of its keys leave their results in slots.
+constexpr int TOKENS = max(1, 64 / GROUP), ROWS = TOKENS * GROUP, PANELS = panels(ROWS);
+constexpr int PITCH = round_up(VALUE, STEP), SLOT_ROWS = 4096;
+constexpr size_t ROW = Inputs::bytes(DIM);
+constexpr size_t SHARED = Partial::bytes(SLOT_ROWS, PITCH);
+constexpr size_t LOCAL = KeysOf::BYTES + ValuesOf::BYTES +
+                         Scratch::sizes<uint8_t>(PANEL * ROW, PANELS * PANEL * ROW) +
+                         Scratch::sizes<float>(PANELS * PANEL) + BlockScratch::BYTES +
+                         3 * Partial::bytes(ROWS, PITCH);
 
-  // A job is a tile of queries with the GROUP heads of one kv head: row r is token r / GROUP.
-  QueryTiles tiles(a, TOKENS);
-  for (int job = th.first_job(); tiles.seek(job / HEADS_KV); job = th.next_job()) {
-    const int kv = job % HEADS_KV, rows = tiles.tokens * GROUP, p0 = a.positions[tiles.first];
+struct Call {
+  Thread &th;
+  const tm_args &a;
+  Rows<float> q, out;
+  const float *sinks;
+  const void *cache;
+  const Queries &queries;
+  Partial slots;
+
+  Partial slot(const Tile &tile, int kv, int parts, int i) const {
+    return slots.row(((tile.row * HEADS_KV + tile.tokens * kv) * parts + tile.tokens * i) * GROUP);
+  }
+
+  // Part i of a tile's keys: [i * grain, (i + 1) * grain) blocks from its first on.
+  void attend(const TileBatch &b, const Tile &tile, int kv, int grain, int i) const {
+    const int parts = ceil_div(b.blocks, grain), begin = queries.begin_of(tile) + i * grain;
+    const int end = min(begin + grain, queries.end_of(tile)), rows = tile.tokens * GROUP;
+    if (begin >= end) return;
+    Scratch scratch{th.local};
+    KeysOf keys(scratch);
+    ValuesOf values(scratch);
+    uint8_t *row = scratch.take<uint8_t>(PANEL * ROW);
+    uint8_t *panel = scratch.take<uint8_t>(PANELS * PANEL * ROW);
+    float *newest = scratch.take<float>(PANELS * PANEL);
+    const BlockScratch space = BlockScratch::take(scratch);
+    const Partial span = Partial::take(scratch, ROWS, PITCH), block = Partial::take(scratch, ROWS, PITCH);
+    const Partial own = Partial::take(scratch, ROWS, PITCH);
+    const Partial all = parts == 1 ? own : slot(tile, kv, parts, i);
+    for (int r = 0; r < rows; r++) {
+      const float *x = q[tile.first + r / GROUP] + (kv * GROUP + r % GROUP) * DIM;
+      Inputs::pack(row + r % PANEL * ROW, x, DIM);
+      if ((r + 1) % PANEL == 0 || r + 1 == rows) panel_of_rows(row, ROW, panel + r / PANEL * PANEL * ROW);
+    }
     const Span key_at{kv * DIM, DIM, DIM, $key_scale + 4 * kv};
     const Span value_at{HEADS_KV * DIM + kv * VALUE, VALUE, VALUE, $value_scale + 4 * kv};
-    for (int r = 0; r < rows; r++) {
-      const int head = kv * GROUP + r % GROUP;
-      memcpy(qs + r * DIM, q[tiles.first + r / GROUP] + head * DIM, DIM * sizeof(float));
-      peak[r] = -__builtin_inff();
-      total[r] = 0.0f;
-    }
-    memset(sums, 0, (size_t)rows * VALUE_PITCH * sizeof(float));
-
-    // Keys [0, end) exist; the tile's first query sees them from `oldest` on.
-    const int end = p0 + tiles.tokens, oldest = WINDOW ? max(0, p0 - WINDOW + 1) : 0;
-    for (int base = oldest / PAGE * PAGE; base < end; base += PAGE) {
-      const uint8_t *page = cache_row(a, cache, ROW_BYTES, tiles.sequence, base);
-      const int count = min(PAGE, end - base);
-      load_page<Cache>(page, ROW_BYTES, count, key_at, tile, KEY_PITCH);
-      transpose_page(tile, KEY_PITCH, KEY_PITCH, keys);
-      scores(qs, DIM, rows, keys, DIM, s);
-      for (int r = 0; r < rows; r++) {
-        const int p = p0 + r / GROUP - base, low = WINDOW ? max(0, p - WINDOW + 1) : 0;
-        shrink[r] = softmax_page(s + r * PAGE, low, min(count, p + 1), SCALE, SOFTCAP, peak[r],
-                                 total[r]);
+    const int p0 = a.positions[tile.first], from = max(begin, queries.oldest_of(tile));
+    join_blocks(from, end, all, span, block, rows, [&](int at, const Partial &result) {
+      const int base = at * KEYS, count = min(KEYS, p0 + tile.tokens - base);
+      for (int j = 0; j < count; j++) {
+        const uint8_t *from = cache_row(a, cache, ROW_BYTES, tile.sequence, base + j);
+        keys.set(j, from, key_at);
+        values.set(j, from, value_at);
+        if (base + KEYS + j < p0 + tile.tokens) {  // rows of the next block: too far apart for the hardware
+          const uint8_t *next = cache_row(a, cache, ROW_BYTES, tile.sequence, base + KEYS + j);
+          prefetch(next + key_at.column * sizeof(Cache::Value), DIM * sizeof(Cache::Value));
+          prefetch(next + value_at.column * sizeof(Cache::Value), VALUE * sizeof(Cache::Value));
+        }
       }
-      load_page<Cache>(page, ROW_BYTES, count, value_at, tile, VALUE_PITCH);
-      outer<false>(s, PAGE, rows, tile, VALUE_PITCH, PAGE, shrink, sums, VALUE_PITCH,
-                   VALUE_PITCH);
-    }
-    for (int r = 0; r < rows; r++) {
+      for (int r = 0; r < PANELS * PANEL; r++)
+        newest[r] = (float)(p0 + min(r / GROUP, tile.tokens - 1) - base);
+      for (int r = 0; r < rows; r += PANEL)
+        attend_block<Math>({panel + r * ROW, keys.at, values.at, DIM, VALUE, count, min(PANEL, rows - r),
+                            newest + r, SCALE, SOFTCAP, WINDOW},
+                           space, result.row(r), true);
+    });
+    if (parts == 1) finish(tile, kv, all);
+  }
+
+  void finish(const Tile &tile, int kv, const Partial &all) const {
+    for (int r = 0; r < tile.tokens * GROUP; r++) {
       const int head = kv * GROUP + r % GROUP;
-      const float scale = inverse_total(peak[r], total[r]$sink);
-      float *to = out[tiles.first + r / GROUP] + head * VALUE;
-      for (int i = 0; i < VALUE; i += LANES)
-        store_n(to + i, load(sums + r * VALUE_PITCH + i) * scale, VALUE - i);
+      const Partial mine = all.row(r);
+      const float scale = inverse_total(*mine.peak, *mine.total$sink);
+      float *to = out[tile.first + r / GROUP] + head * VALUE;
+      for (int i = 0; i < VALUE; i += LANES) store_n(to + i, load(mine.sums + i) * scale, VALUE - i);
     }
+  }
+  void finish_slots(const TileBatch &b, const Tile &tile, int kv, int grain) const {
+    const auto part = [&](int i) { return slot(tile, kv, ceil_div(b.blocks, grain), i); };
+    const int blocks = queries.end_of(tile) - queries.begin_of(tile);
+    join_slots(ceil_div(blocks, grain), grain, tile.tokens * GROUP, part);
+    finish(tile, kv, part(0));
+  }
+};
+
+$signature
+  const tm_args &a = *th.args;
+  Scratch shared{th.shared};
+  Queries queries{a, TOKENS, MAX_ROWS, MAX_ROWS + 1, WINDOW};
+  const Partial slots = Partial::take(shared, SLOT_ROWS, PITCH);
+  const Call call{th, a, q, out, $sinks, cache, queries, slots};
+  bool later = false;
+  for (TileBatch b; queries.next(b); later = true) {
+    const int tiles = b.count * HEADS_KV;
+    const int grain = grain_of(tiles, b.blocks, SLOT_ROWS / (b.tokens * HEADS), th.count);
+    const int parts = ceil_div(b.blocks, grain);
+    if (later) th.barrier();
+    for (Jobs jobs(th, tiles * parts); jobs.next();) {
+      const int at = jobs.at / parts;
+      call.attend(b, b.at[at / HEADS_KV], at % HEADS_KV, grain, jobs.at % parts);
+    }
+    if (parts == 1) continue;
+    th.barrier();
+    for (Jobs jobs(th, tiles); jobs.next();)
+      call.finish_slots(b, b.at[jobs.at / HEADS_KV], jobs.at % HEADS_KV, grain);
   }
 }
 }  // namespace $symbol

@@ -1,124 +1,378 @@
-// Attention over one page at a time: scores, online softmax, weighted sum.
+// Attention over a block of keys: scores, softmax, weighted sum, and how the results of blocks are joined.
 //
-// All three treat each query row alone and visit keys in order, so a row's result does not depend on the
-// rows beside it nor on how a prompt was cut into steps.
+// 16 query rows (tokens and heads) stand in the lanes, as a panel of a weight that multiplies the keys;
+// keys and values are read as the cache has them.  A block's result depends on its own keys only, and
+// results are joined in one order, so a row's bits depend neither on the rows beside it, nor on threads,
+// nor on how a prompt was cut into steps.
 #pragma once
 #include "cache.h"
 #include "matmul.h"
 
 namespace mill {
 
-constexpr int STRIP = 4;  // vectors per row of a register tile
+constexpr int KEYS = 2 * PAGE;  // of a block; blocks start at multiples of it
+constexpr int SPAN = 8;         // blocks that are joined before they join the rest
+constexpr float LOG2_E = 1.44269504088896341f;
 
-// dst[c][0:64] = src[0:64][c], `columns` a multiple of LANES.
-inline void transpose_page(const float *src, int columns, int pitch, float *dst) {
-  for (int c = 0; c < columns; c += LANES)
-    for (int j = 0; j < PAGE; j += LANES)
-      transpose(src + (size_t)j * pitch + c, pitch, dst + (size_t)c * PAGE + j, PAGE);
-}
+// --- arithmetic -------------------------------------------------------------------------------------
+// Of queries, keys, probabilities and values: fp32, or bf16 with fp32 sums.  `Panel` is the format of
+// panels and packed rows.  Probabilities [keys / UNIT][16] are words of UNIT keys each.
 
-// out[r][c] = shrink[r] out[r][c] + sum_i a[r][i] b[i][c] for ROWS rows, N vectors of columns.
-template <int ROWS, int N, bool FRESH>
-TM_INLINE void outer_tile(const float *a, int a_pitch, const float *b, int b_pitch, int depth,
-                          const float *shrink, float *out, int out_pitch) {
-  vf acc[ROWS][N];
-  for (int r = 0; r < ROWS; r++)
-    for (int c = 0; c < N; c++)
-      acc[r][c] = FRESH ? vf{} : load(out + (size_t)r * out_pitch + c * LANES) * shrink[r];
-  for (int i = 0; i < depth; i++) {
-    vf column[N];
-    for (int c = 0; c < N; c++) column[c] = load(b + (size_t)i * b_pitch + c * LANES);
-    for (int r = 0; r < ROWS; r++)
-      for (int c = 0; c < N; c++) acc[r][c] += a[(size_t)r * a_pitch + i] * column[c];
+struct Fp32Math {
+  using Value = float;
+  using Panel = Fp32;
+  static constexpr int UNIT = 1;
+  static TM_INLINE void put(uint8_t *panel, int i, int v, vf a, vf b) {
+    store((float *)panel + i * PANEL + v * LANES, a);
+    store((float *)panel + (i + 1) * PANEL + v * LANES, b);
   }
-  for (int r = 0; r < ROWS; r++)
-    for (int c = 0; c < N; c++) store(out + (size_t)r * out_pitch + c * LANES, acc[r][c]);
-}
-
-template <int ROWS, bool FRESH>
-TM_INLINE void outer_rows(const float *a, int a_pitch, const float *b, int b_pitch, int depth,
-                          const float *shrink, float *out, int out_pitch, int columns) {
-  int c = 0;
-  for (; c + STRIP * LANES <= columns; c += STRIP * LANES)
-    outer_tile<ROWS, STRIP, FRESH>(a, a_pitch, b + c, b_pitch, depth, shrink, out + c, out_pitch);
-  for (; c < columns; c += LANES)
-    outer_tile<ROWS, 1, FRESH>(a, a_pitch, b + c, b_pitch, depth, shrink, out + c, out_pitch);
-}
-
-// out = a b (FRESH) or diag(shrink) out + a b; a [rows, depth], b [depth, columns], columns % LANES == 0.
-template <bool FRESH>
-TM_NOINLINE void outer(const float *a, int a_pitch, int rows, const float *b, int b_pitch, int depth,
-                       const float *shrink, float *out, int out_pitch, int columns) {
-  int r = 0;
-  for (; r + TILE <= rows; r += TILE)
-    outer_rows<TILE, FRESH>(a + (size_t)r * a_pitch, a_pitch, b, b_pitch, depth, shrink + (FRESH ? 0 : r),
-                            out + (size_t)r * out_pitch, out_pitch, columns);
-  for (; r < rows; r++)
-    outer_rows<1, FRESH>(a + (size_t)r * a_pitch, a_pitch, b, b_pitch, depth, shrink + (FRESH ? 0 : r),
-                         out + (size_t)r * out_pitch, out_pitch, columns);
-}
-
-// The queries of a step in tiles of `size` tokens, each of one sequence, found by number in rising order.
-struct QueryTiles {
-  const tm_args &a;
-  int size;
-  int sequence = 0, before = 0;  // tiles of the sequences before `sequence`
-  int first = 0, tokens = 0;     // the tile that seek() found
-
-  QueryTiles(const tm_args &a, int size) : a(a), size(size) {}
-  bool seek(int tile) {
-    for (; sequence < a.sequences; sequence++) {
-      const int start = a.starts[sequence], n = a.starts[sequence + 1] - start, tiles = ceil_div(n, size);
-      if (tile < before + tiles) {
-        first = start + (tile - before) * size;
-        tokens = min(size, start + n - first);
-        return true;
-      }
-      before += tiles;
+  static TM_INLINE void put_row(float *to, vf x) { store(to, x); }
+  // sums[half][t] += p[t] . values[0][32 columns]
+  template <int T>
+  static TM_INLINE void mix(Sums<T> &sums, const uint8_t *const *values, int column, const void *p) {
+    const float *row = (const float *)values[0] + column;
+    vf w[2 * VECS];
+    for (int v = 0; v < 2 * VECS; v++) w[v] = load(row + v * LANES);
+    TM_UNROLL for (int t = 0; t < T; t++) {
+      const float x = ((const float *)p)[t];
+      for (int v = 0; v < 2 * VECS; v++) sums[v / VECS][t][v % VECS] += w[v] * x;
     }
-    return false;
   }
 };
 
-// s [rows, 64] = q [rows, depth] kt [depth, 64]
-inline void scores(const float *q, int q_pitch, int rows, const float *kt, int depth, float *s) {
-  outer<true>(q, q_pitch, rows, kt, PAGE, depth, nullptr, s, PAGE, PAGE);
+struct Bf16Math {
+  using Value = uint16_t;
+  using Panel = Bf16;
+  static constexpr int UNIT = 2;
+  static TM_INLINE void put(uint8_t *panel, int i, int v, vf a, vf b) {
+    *(vi_at *)(panel + i * PANEL * 2 + v * TM_VECTOR_BYTES) = pair_bf16(a, b);
+  }
+  static TM_INLINE void put_row(uint16_t *to, vf x) { store_bf16(to, x); }
+  // The same for pairs of keys, whose values are brought side by side here.
+  template <int T>
+  static TM_INLINE void mix(Sums<T> &sums, const uint8_t *const *values, int column, const void *p) {
+    const uint8_t *a = values[0] + column * 2, *b = values[1] + column * 2;
+    vi w[2 * VECS];
+    for (int v = 0; v < VECS; v++) {
+      const vi even = words(a + v * TM_VECTOR_BYTES), odd = words(b + v * TM_VECTOR_BYTES);
+      w[2 * v] = zip_halves<0>(even, odd);
+      w[2 * v + 1] = zip_halves<1>(even, odd);
+    }
+    TM_UNROLL for (int t = 0; t < T; t++) {
+      const int32_t x = ((const int32_t *)p)[t];
+      for (int v = 0; v < 2 * VECS; v++) {
+        vf &sum = sums[v / VECS][t][v % VECS];
+        sum = dot2(sum, w[v], x);
+      }
+    }
+  }
+};
+
+// Where bf16 is not multiplied in one instruction, fp32 is faster than to imitate it.
+#if defined(__AVX512BF16__) && TM_VECTOR_BYTES == 64
+using ShortMath = Bf16Math;
+#else
+using ShortMath = Fp32Math;
+#endif
+
+constexpr size_t larger(size_t a, size_t b) { return a > b ? a : b; }
+
+template <class A, class B>
+constexpr bool same = false;
+template <class A>
+constexpr bool same<A, A> = true;
+
+// Rows of a block of keys as Math reads them: in the cache where it holds just that, else decoded.  Rows
+// some KiB apart would all compete for the same few lines of the nearest cache; they are copied too.
+template <class Math, class Cache, int WIDTH, int ROW_BYTES>
+struct KeyRows {
+  using Value = typename Math::Value;
+  static constexpr bool DIRECT =
+      same<typename Cache::Value, Value> && WIDTH % STEP == 0 && ROW_BYTES % 1024 != 0;
+  static constexpr int PITCH = steps(WIDTH) * STEP;
+  static constexpr size_t BYTES = DIRECT ? 0 : Scratch::bytes<Value>(KEYS * PITCH);
+  const uint8_t *at[KEYS + 1];  // one more, for an odd count
+  Value *decoded;
+
+  explicit KeyRows(Scratch &scratch) : decoded(scratch.take<Value>(DIRECT ? 0 : KEYS * PITCH)) {
+    if (!DIRECT && WIDTH % STEP) memset(decoded, 0, BYTES);
+  }
+  // Row j: these parts of a row of the cache, one behind the other.
+  template <class... Parts>
+  TM_INLINE void set(int j, const uint8_t *row, const Span &first, const Parts &...more) {
+    Value *to = decoded + (size_t)j * PITCH;
+    if (!DIRECT) decode(to, row, first, more...);
+    at[j] = DIRECT ? row + first.column * sizeof(Value) : (const uint8_t *)to;
+    at[j + 1] = at[j];
+  }
+
+ private:
+  static TM_INLINE void decode(Value *, const uint8_t *) {}
+  template <class... Parts>
+  static TM_INLINE void decode(Value *to, const uint8_t *row, const Span &first, const Parts &...more) {
+    Cache::decode(row, first, to);
+    decode(to + first.width, row, more...);
+  }
+};
+
+// Input i of the 16 rows of a stored panel, without its scale.
+template <class W>
+TM_INLINE vf input_of(const uint8_t *panel, int i, int v) {
+  if constexpr (same<W, Fp32>) {
+    return load((const float *)panel + i * PANEL + v * LANES);
+  } else if constexpr (same<W, Bf16>) {
+    const vi word = words(panel + i / 2 * PANEL * 4 + v * TM_VECTOR_BYTES);
+    return (vf)(i % 2 ? word & (int32_t)0xffff0000 : word << 16);
+  } else {
+    const vi word = words(panel + i / 4 * PANEL * 4 + v * TM_VECTOR_BYTES);
+    return to_float(((word >> (i % 4 * 8)) & 255) - 128);
+  }
 }
 
-// Online softmax of one row: scores of the page's keys [low, high) become exp(score - highest so far),
-// all others 0.  Returns the factor by which earlier sums shrink.
-TM_INLINE float softmax_page(float *s, int low, int high, float scale, float softcap, float &peak,
-                             float &total) {
-  if (low >= high) {
-    memset(s, 0, PAGE * sizeof(float));
-    return 1.0f;
+// INT8 whose scales belong to the inputs, which were multiplied with them.
+struct Unscaled : Int8 {
+  static constexpr int scales(int) { return 0; }
+  static TM_INLINE vf scale_at(const void *, int, int) { return splat(1.0f); }
+};
+
+// The 16 rows of packed inputs at `rows` side by side, four bytes of each at a time.
+inline void panel_of_rows(const uint8_t *rows, size_t row_bytes, uint8_t *panel) {
+  const int count = (int)(row_bytes / 4);
+  for (int c = 0; c < count; c += LANES)
+    for (int r = 0; r < PANEL; r += LANES)
+      transpose((const float *)rows + (size_t)r * count + c, count, (float *)panel + (size_t)c * PANEL + r,
+                PANEL);
+}
+
+// --- results ----------------------------------------------------------------------------------------
+
+// What rows know after some keys: the highest score (base 2), and relative to it the sum of probabilities
+// and the sums of values [rows, pitch].  No keys: -inf and zeros.
+struct Partial {
+  float *peak, *total, *sums;
+  int pitch;
+  TM_INLINE Partial row(int r) const { return {peak + r, total + r, sums + (size_t)r * pitch, pitch}; }
+  static constexpr size_t bytes(size_t rows, int pitch) {
+    return Scratch::sizes<float>(rows, rows, rows * pitch);
   }
-  vf x[PAGE / LANES], best = splat(-__builtin_inff()), sums = {};
-  for (int v = 0; v < PAGE / LANES; v++) {
-    const vf key = iota() + (float)(v * LANES);
-    x[v] = load(s + v * LANES) * scale;
-    if (softcap != 0.0f) x[v] = softcap * tanh(x[v] / softcap);
-    x[v] = select((key >= (float)low) & (key < (float)high), x[v], splat(-__builtin_inff()));
-    best = select(x[v] > best, x[v], best);
+  static Partial take(Scratch &scratch, size_t rows, int pitch) {
+    float *peak = scratch.take<float>(rows), *total = scratch.take<float>(rows);
+    return {peak, total, scratch.take<float>(rows * pitch), pitch};
   }
-  const float page_peak = highest(best), before = peak;
-  peak = page_peak > before ? page_peak : before;
-  for (int v = 0; v < PAGE / LANES; v++) {
-    x[v] = exp(x[v] - peak);
-    sums += x[v];
-    store(s + v * LANES, x[v]);
+};
+
+inline void clear(const Partial &p, int rows) {
+  for (int r = 0; r < rows; r++) {
+    p.peak[r] = -__builtin_inff();
+    p.total[r] = 0.0f;
   }
-  const float shrink = exp(splat(before - peak))[0];
-  total = total * shrink + sum(sums);
-  return shrink;
+  memset(p.sums, 0, (size_t)rows * p.pitch * sizeof(float));
+}
+
+// `to` joins what later keys say.  Nothing joined to something leaves its bits, on either side.
+TM_NOINLINE void merge(const Partial &to, const Partial &later, int rows) {
+  for (int r = 0; r < rows; r++) {
+    const float a = to.peak[r], b = later.peak[r], peak = a > b ? a : b;
+    if (b == -__builtin_inff()) continue;
+    const vf keep = exp2(splat(a - peak)), add = exp2(splat(b - peak));
+    float *x = to.sums + (size_t)r * to.pitch;
+    const float *y = later.sums + (size_t)r * later.pitch;
+    for (int i = 0; i < to.pitch; i += LANES) store(x + i, load(x + i) * keep + load(y + i) * add);
+    to.total[r] = to.total[r] * keep[0] + later.total[r] * add[0];
+    to.peak[r] = peak;
+  }
+}
+
+// The result of blocks [from, to) in `all`; attend(block, partial) computes one.
+template <class F>
+TM_INLINE void join_blocks(int from, int to, const Partial &all, const Partial &span, const Partial &block,
+                           int rows, F &&attend) {
+  if (from >= to) clear(all, rows);
+  for (int at = from; at < to; at++) {
+    const bool first = at == from || at % SPAN == 0, last = at + 1 == to || (at + 1) % SPAN == 0;
+    const bool lone = at / SPAN == from / SPAN;
+    const Partial &open = lone ? all : span;
+    attend(at, first ? open : block);
+    if (!first) merge(open, block, rows);
+    if (last && !lone) merge(all, span, rows);
+  }
+}
+
+// The same of results that jobs left: slots[i] holds `grain` blocks.  They end in slots[0].
+template <class F>
+TM_INLINE void join_slots(int count, int grain, int rows, F &&slot) {
+  const int inner = grain == 1 ? SPAN : 1;
+  for (int i = 0; i < count; i++)
+    if (i % inner) merge(slot(i - i % inner), slot(i), rows);
+  for (int i = inner; i < count; i += inner) merge(slot(0), slot(i), rows);
 }
 
 // 1 / denominator.  A sink is one more logit that owns no value; it may exceed the peak.
 TM_INLINE float inverse_total(float peak, float total) { return 1.0f / total; }
 TM_INLINE float inverse_total(float peak, float total, float sink) {
-  if (sink <= peak) return 1.0f / (total + exp(splat(sink - peak))[0]);
-  const float shrink = exp(splat(peak - sink))[0];
+  const float logit = sink * LOG2_E;
+  if (logit <= peak) return 1.0f / (total + exp2(splat(logit - peak))[0]);
+  const float shrink = exp2(splat(peak - logit))[0];
   return shrink / (total * shrink + 1.0f);
+}
+
+// --- one block --------------------------------------------------------------------------------------
+
+struct Block {
+  const uint8_t *q;                            // a panel of 16 query rows
+  const uint8_t *const *keys, *const *values;  // rows; one more than `count` if that is odd
+  int k, columns;                              // values per key, and to sum
+  int count, rows;                             // keys; query rows that exist
+  const float *newest;                         // [16] the last key in the block that a row sees
+  float scale, softcap;
+  int window;
+};
+
+struct BlockScratch {
+  float *scores, *shrink;
+  uint8_t *p;
+  static constexpr size_t BYTES = Scratch::sizes<float>(KEYS * PANEL, PANEL, KEYS * PANEL);
+  static BlockScratch take(Scratch &s) {
+    float *scores = s.take<float>(KEYS * PANEL), *shrink = s.take<float>(PANEL);
+    return {scores, shrink, s.take<uint8_t>(KEYS * PANEL * 4)};
+  }
+};
+
+// p = exp2(scores - peak); the highest so far shrinks what was summed before.
+template <class Math>
+TM_NOINLINE void softmax(const Block &b, const BlockScratch &scratch, const Partial &to, bool fresh) {
+  constexpr int WAYS = 4;  // independent chains of maxima and sums
+  const int count = round_up(b.count, WAYS);
+  for (int v = 0; v < VECS && v * LANES < b.rows; v++) {
+    const int n = b.rows - v * LANES;
+    float *s = scratch.scores + v * LANES;
+    const vf newest = load(b.newest + v * LANES);
+    const vf oldest = b.window ? newest - (float)(b.window - 1) : vf{};
+    vf best[WAYS], sums[WAYS] = {};
+    for (int w = 0; w < WAYS; w++) best[w] = splat(-__builtin_inff());
+    for (int j = 0; j < count; j += WAYS)
+      for (int w = 0; w < WAYS; w++) {
+        const vf key = splat((float)(j + w));
+        vf x = load(s + (j + w) * PANEL) * (b.scale * LOG2_E);
+        if (b.softcap != 0.0f) x = b.softcap * LOG2_E * tanh(load(s + (j + w) * PANEL) * b.scale / b.softcap);
+        x = select((key <= newest) & (key >= oldest), x, splat(-__builtin_inff()));
+        best[w] = x > best[w] ? x : best[w];
+        store(s + (j + w) * PANEL, x);
+      }
+    best[0] = best[0] > best[1] ? best[0] : best[1];
+    best[2] = best[2] > best[3] ? best[2] : best[3];
+    const vf here = best[0] > best[2] ? best[0] : best[2];
+    const vf before = fresh ? splat(-__builtin_inff()) : load_n(to.peak + v * LANES, n);
+    const vf peak = here > before ? here : before;
+    const vf base = select(peak == -__builtin_inff(), vf{}, peak);  // all hidden: -inf - 0 is still -inf
+    for (int j = 0; j < count; j += WAYS) {
+      vf e[WAYS];
+      for (int w = 0; w < WAYS; w++) {
+        e[w] = exp2(load(s + (j + w) * PANEL) - base);
+        sums[w] += e[w];
+      }
+      for (int w = 0; w < WAYS; w += 2) Math::put(scratch.p, j + w, v, e[w], e[w + 1]);
+    }
+    const vf shrink = exp2(before - base);
+    const vf sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    const vf total = fresh ? vf{} : load_n(to.total + v * LANES, n);
+    store(scratch.shrink + v * LANES, shrink);
+    store_n(to.peak + v * LANES, peak, n);
+    store_n(to.total + v * LANES, total * shrink + sum, n);
+  }
+}
+
+// sums[r] = (shrink[r] sums[r]) + p[r] . values for rows [r, r + rows) and 32 columns.
+template <class Math, int T>
+TM_NOINLINE void mix_tile(const Block &b, const BlockScratch &scratch, int column, int r, int rows,
+                          const Partial &to, bool fresh) {
+  Sums<T> sums = {};
+  const uint8_t *p = scratch.p + r * 4;
+  for (int j = 0; j < b.count; j += Math::UNIT, p += PANEL * 4)
+    Math::template mix<T>(sums, b.values + j, column, p);
+  TM_UNROLL for (int t = 0; t < T; t++)
+    if (t < rows)
+      TM_UNROLL for (int half = 0; half < 2; half++)
+        for (int v = 0; v < VECS; v++) {
+          float *x = to.sums + (size_t)(r + t) * to.pitch + column + half * PANEL + v * LANES;
+          store(x, fresh ? sums[half][t][v] : load(x) * scratch.shrink[r + t] + sums[half][t][v]);
+        }
+}
+
+// One block's result; or, not `fresh`, joined to what is there.
+template <class Math>
+inline void attend_block(const Block &b, const BlockScratch &scratch, const Partial &to, bool fresh) {
+  const typename Math::Panel q{{b.q, nullptr, PANEL, b.k}};
+  product(q, 0, b.keys, b.count, scratch.scores, PANEL);
+  softmax<Math>(b, scratch, to, fresh);
+  for (int c = 0; c < b.columns; c += STEP)
+    for (int r = 0; r < b.rows; r += TILE_TOKENS) {
+      const int n = min(TILE_TOKENS, b.rows - r);
+#define TM_TILE(T) \
+  if (n <= T) {    \
+    mix_tile<Math, T>(b, scratch, c, r, n, to, fresh); \
+    continue;      \
+  }
+      TM_TILES(TM_TILE)
+#undef TM_TILE
+    }
+}
+
+// --- work -------------------------------------------------------------------------------------------
+
+// Some tokens of one sequence; `row` counts the tokens of its batch before it.
+struct Tile {
+  int sequence, first, tokens, row;
+};
+
+struct TileBatch {
+  static constexpr int MOST = 64;
+  Tile at[MOST];
+  int count, tokens, longest, blocks;  // tiles, tokens in all, in the largest; most blocks of keys of one
+};
+
+// The queries of a step in tiles of up to `size` tokens, and those in batches of up to `limit` tokens, of
+// sequences that have fewer than `below`.
+struct Queries {
+  const tm_args &a;
+  int size, limit, below, window;
+  int sequence = 0, done = 0;
+
+  bool next(TileBatch &b) {
+    b.count = b.tokens = b.longest = b.blocks = 0;
+    for (; sequence < a.sequences; sequence++, done = 0) {
+      const int first = a.starts[sequence], n = a.starts[sequence + 1] - first;
+      if (n >= below) continue;
+      while (done < n) {
+        if (b.count == TileBatch::MOST || b.tokens == limit) return true;
+        const Tile tile{sequence, first + done, min(min(size, n - done), limit - b.tokens), b.tokens};
+        b.at[b.count++] = tile;
+        b.tokens += tile.tokens;
+        b.longest = max(b.longest, tile.tokens);
+        b.blocks = max(b.blocks, end_of(tile) - begin_of(tile));
+        done += tile.tokens;
+      }
+    }
+    return b.count > 0;
+  }
+  // Blocks that the tile sees, from the start of a span on.
+  int oldest_of(const Tile &t) const {
+    return window ? max(0, a.positions[t.first] - window + 1) / KEYS : 0;
+  }
+  int begin_of(const Tile &t) const { return oldest_of(t) / SPAN * SPAN; }
+  int end_of(const Tile &t) const { return ceil_div(a.positions[t.first] + t.tokens, KEYS); }
+};
+
+// How many blocks a job takes: all that its tile sees, or where threads would go idle a span or just one,
+// if that makes at most `most` parts.
+inline int grain_of(int tiles, int blocks, int most, int threads) {
+  const int finer[] = {SPAN, 1};
+  int grain = max(1, blocks);
+  for (int size : finer)
+    if (threads > 1 && tiles * ceil_div(blocks, grain) < 4 * threads && size < grain &&
+        ceil_div(blocks, size) <= most)
+      grain = size;
+  return grain;
 }
 
 }  // namespace mill

@@ -24,7 +24,10 @@ TM_INLINE int sequence_of(const int32_t *starts, int t, int from) {
   return from;
 }
 
+// A codec says how values are stored: as `Value`, encoded from floats, decoded as floats or bf16.
+
 struct CacheFp32 {
+  using Value = float;
   static void encode(uint8_t *row, const Span &s, const float *x) {
     memcpy(row + (size_t)s.column * 4, x, (size_t)s.width * 4);
   }
@@ -34,16 +37,24 @@ struct CacheFp32 {
 };
 
 struct CacheBf16 {
+  using Value = uint16_t;
   static void encode(uint8_t *row, const Span &s, const float *x) {
     uint16_t *out = (uint16_t *)row + s.column;
-    for (int i = 0; i < s.width; i++) out[i] = to_bf16(x[i]);
+    for (int i = 0; i < s.width; i += LANES) store_bf16_n(out + i, load_n(x + i, s.width - i), s.width - i);
   }
   static void decode(const uint8_t *row, const Span &s, float *x) {
-    widen(x, (const uint16_t *)row + s.column, s.width);
+    const uint16_t *from = (const uint16_t *)row + s.column;
+    int i = 0;
+    for (; i + LANES <= s.width; i += LANES) store(x + i, load_bf16(from + i));
+    widen(x + i, from + i, s.width - i);
+  }
+  static void decode(const uint8_t *row, const Span &s, uint16_t *x) {
+    memcpy(x, row + (size_t)s.column * 2, (size_t)s.width * 2);
   }
 };
 
 struct CacheInt8 {
+  using Value = int8_t;
   // scale = max |x| / 127; round to nearest even; a tile of zeros has scale 0.
   static void encode(uint8_t *row, const Span &s, const float *x) {
     int8_t *out = (int8_t *)row + s.column;
@@ -56,28 +67,32 @@ struct CacheInt8 {
       for (int i = 0; i < n; i += LANES) {
         const vf value = round(load_n(x + at + i, n - i) / divisor);
         const vi q = to_int(min(max(value, splat(-127.0f)), splat(127.0f)));
-        for (int j = 0; j < min(LANES, n - i); j++) out[at + i + j] = (int8_t)q[j];
+        int8_t all[LANES];
+        store_bytes(all, q);
+        memcpy(out + at + i, all, (size_t)min(LANES, n - i));
       }
     }
   }
-  static void decode(const uint8_t *row, const Span &s, float *x) {
+  static void decode(const uint8_t *row, const Span &s, float *x) { decode_as(row, s, x); }
+  static void decode(const uint8_t *row, const Span &s, uint16_t *x) { decode_as(row, s, x); }
+
+ private:
+  template <class T>
+  static TM_INLINE void decode_as(const uint8_t *row, const Span &s, T *x) {
     const int8_t *q = (const int8_t *)row + s.column;
     for (int at = 0, tile = 0; at < s.width; at += s.tile, tile++) {
       const int n = min(s.tile, s.width - at);
       float scale;
       memcpy(&scale, row + s.scale + 4 * tile, 4);
-      for (int i = 0; i < n; i++) x[at + i] = (float)q[at + i] * scale;
+      int i = 0;
+      for (; i + LANES <= n; i += LANES) put(x + at + i, to_float(load_bytes(q + at + i)) * scale);
+      for (; i < n; i++) put(x + at + i, (float)q[at + i] * scale);
     }
   }
+  static TM_INLINE void put(float *p, vf x) { store(p, x); }
+  static TM_INLINE void put(float *p, float x) { *p = x; }
+  static TM_INLINE void put(uint16_t *p, vf x) { store_bf16(p, x); }
+  static TM_INLINE void put(uint16_t *p, float x) { *p = to_bf16(x); }
 };
-
-// tile[j][0:width] = rows j < count of a page; rows past them are zero, for what the cache holds there
-// (anything, NaN too) must not reach a sum, not even times a probability of 0.
-template <class C>
-inline void load_page(const uint8_t *page, size_t row_bytes, int count, const Span &s, float *tile,
-                      int pitch) {
-  for (int j = 0; j < count; j++) C::decode(page + j * row_bytes, s, tile + (size_t)j * pitch);
-  for (int j = count; j < PAGE; j++) memset(tile + (size_t)j * pitch, 0, (size_t)s.width * 4);
-}
 
 }  // namespace mill

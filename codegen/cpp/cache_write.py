@@ -14,6 +14,11 @@ def cache_type(fmt: str) -> str:
     return {"fp32": "CacheFp32", "bf16": "CacheBf16", "int8": "CacheInt8"}[fmt]
 
 
+def math_type(fmt: str) -> str:
+    """The arithmetic of attention.h over a cache of this format."""
+    return "Fp32Math" if fmt == "fp32" else "ShortMath"
+
+
 def spans(cache: CacheSpec) -> list[str]:
     """The ``Span`` of each part of a row."""
     found = []

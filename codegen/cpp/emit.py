@@ -22,6 +22,7 @@ from . import (
     rope,
     route,
     select_rows,
+    tiles,
 )
 from .target import CpuTarget
 from .text import call, fill
@@ -55,6 +56,7 @@ def emit(plan: Plan, target: CpuTarget) -> dict[str, str]:
     """File name -> text, ``step.cpp`` being the one to compile."""
     symbols = _symbols(plan)
     sources = {name: _support(name) for name in SUPPORT}
+    sources["tiles.h"] = tiles.emit(tiles.TILES[target.name])
     for kind in EMITTERS:
         kernels = {s: n for s, n in symbols.items() if s.kind == kind}
         if kernels:

@@ -29,9 +29,9 @@ def emit(spec: Linear, name: str) -> str:
         equation=f"out[t, n] = {spec.epilogue},  acc_p = w[p N + n, :] . x[t, :]{bias}",
         signature=signature("Rows<float> x", *_params(spec), "Rows<float> out"),
         members=weight_parts(spec.format),
-        tiles="\n".join(f"float *y{p} = scratch.take<float>(TOKENS * CHUNK);" for p in parts),
+        tiles="\n".join(f"float *y{p} = scratch.take<float>(TOKENS * PANEL);" for p in parts),
         products="\n".join(
-            f"matmul(weight, {p} * N + n0, count, xs, tokens, panel, y{p});" for p in parts
+            f"product(weight, PARTS * panel + {p}, xs, tokens, y{p}, PANEL);" for p in parts
         ),
         loads="\n".join([*(_accumulator(spec, p) for p in parts), *_extras(spec)]),
         value=vector_code(spec.epilogue),
@@ -46,7 +46,7 @@ def _params(spec: Linear) -> list[str]:
 
 
 def _accumulator(spec: Linear, part: int) -> str:
-    product = f"load(y{part} + t * CHUNK + i)"
+    product = f"load(y{part} + t * PANEL + i)"
     if not spec.bias:
         return f"const vf acc{part} = {product};"
     at = f"(const float *)bias + {part} * N + n0 + i"
@@ -65,31 +65,30 @@ TEMPLATE = """
 // $equation
 // x [rows, $k], w [$parts * $n, $k], out [rows, $n]
 namespace $symbol {
-constexpr int N = $n, K = $k, PARTS = $parts, TOKENS = block_tokens(K);
+constexpr int N = $n, K = $k, PARTS = $parts, PANELS = panels(N);
 using W = $weight;
-constexpr size_t SHARED = 0;
-constexpr size_t LOCAL =
-    Scratch::sizes<float>(TOKENS * packed(K), PANEL_ROWS * packed(K), PARTS * TOKENS * CHUNK);
+using Inputs = W::Inputs;
+constexpr size_t ROW = Inputs::bytes(K);
+constexpr int TOKENS = block_tokens(ROW);
+constexpr size_t SHARED = Scratch::sizes<uint8_t>(MAX_ROWS * ROW);
+constexpr size_t LOCAL = Scratch::sizes<uint8_t>(ALONE_TOKENS * ROW) +
+                         PARTS * Scratch::sizes<float>(TOKENS * PANEL);
 
 $signature
   const W weight{{$members, PARTS * N, K}};
-  Scratch scratch{th.local};
-  float *pack_at = scratch.take<float>(TOKENS * packed(K));
-  float *panel = scratch.take<float>(PANEL_ROWS * packed(K));
+  Scratch shared{th.shared}, scratch{th.local};
+  uint8_t *together = shared.take<uint8_t>(MAX_ROWS * ROW);
+  uint8_t *alone = scratch.take<uint8_t>(ALONE_TOKENS * ROW);
   $tiles
-  const float *xs[TOKENS];
-  for (int t = 0; t < TOKENS; t++) xs[t] = pack_at + t * packed(K);
+  const uint8_t *packed = pack_rows<Inputs>(th, x, rows, K, together, alone);
 
-  // A job is CHUNK output columns of one block of tokens; a thread packs a block when it meets it.
-  const int chunks = ceil_div(N, CHUNK), jobs = ceil_div(rows, TOKENS) * chunks;
-  int in_pack = -1;
-  for (int job = th.first_job(); job < jobs; job = th.next_job()) {
-    const int t0 = job / chunks * TOKENS, n0 = job % chunks * CHUNK;
-    const int tokens = min(TOKENS, rows - t0), count = min(CHUNK, N - n0);
-    if (in_pack != t0) {
-      for (int t = 0; t < tokens; t++) pack<W>(pack_at + t * packed(K), x[t0 + t], K);
-      in_pack = t0;
-    }
+  // A job is one panel of output columns for one block of tokens.
+  const int blocks = ceil_div(rows, TOKENS);
+  for (Jobs jobs(th, blocks * PANELS); jobs.next();) {
+    const int t0 = jobs.at / PANELS * TOKENS, tokens = min(TOKENS, rows - t0);
+    const int panel = jobs.at % PANELS, n0 = panel * PANEL, count = min(PANEL, N - n0);
+    const uint8_t *xs[TOKENS];
+    for (int t = 0; t < tokens; t++) xs[t] = packed + (t0 + t) * ROW;
     $products
     for (int t = 0; t < tokens; t++)
       for (int i = 0; i < count; i += LANES) {

@@ -1,122 +1,93 @@
-// Products of packed weight rows with activations, one summation order for every batch size.
+// Products of panels of weights with activations, one summation order for every batch size.
 //
-// A dot product keeps one vector accumulator: lane j adds the inputs of its stream position in order, and
-// sum4 folds the lanes.  Neither the tile shape nor the path (weights decoded in registers for few tokens,
-// into a panel of fp32 rows for many) changes that order, so a token's result has the same bits alone and
-// in any batch.
+// An output is one lane of one register tile: its inputs are added in order, whatever the number of
+// tokens beside it, so a token's result has the same bits alone and in any batch.
 #pragma once
+#include "pool.h"
+#include "tiles.h"
 #include "weights.h"
 
 namespace mill {
 
-constexpr int CHUNK = 32;        // output rows of one job
-constexpr int PANEL_ROWS = 8;    // decoded rows kept in L1/L2 while all tokens pass
-constexpr int DIRECT_TOKENS = 4; // up to here weights are decoded in registers
-
-// Floats of one packed activation row.
-constexpr int packed(int k) { return round_up(k, BLOCK); }
-// Tokens whose packed activations stay in L2 (half a MiB).
-constexpr int block_tokens(int k) { return max(8, min(64, 131072 / packed(k) / 8 * 8)); }
-// Rows of the accumulator tile of `tokens`: kernels write whole register tiles.
-constexpr int padded_tokens(int tokens) { return round_up(tokens, TILE); }
-
-// k activations in the stream order of W, zero-padded to a whole block.
-template <class W>
-TM_INLINE void pack(float *dst, const float *src, int k) {
-  for (int i = 0; i < k; i += BLOCK) {
-    const vf a = load_n(src + i, k - i);
-    const vf b = k - i > LANES ? load_n(src + i + LANES, k - i - LANES) : vf{};
-    store(dst + i, W::INTERLEAVED ? evens(a, b) : a);
-    store(dst + i + LANES, W::INTERLEAVED ? odds(a, b) : b);
-  }
-}
-
-// y[t][r] = w[first + r] . x[t] for a ROWS x TOKENS tile; y has row pitch CHUNK.
-// Rows past the end are computed from the last one, and ignored by the caller.
-template <class W, int ROWS, int TOKENS>
-TM_NOINLINE void dot_tile(const W &w, int first, const float *const *x, float *y) {
-  const int blocks = w.k / BLOCK, tail = w.k % BLOCK;
-  WeightRow rows[ROWS];
-  vf acc[ROWS][TOKENS] = {};
-  for (int r = 0; r < ROWS; r++) rows[r] = w.row(min(first + r, w.n - 1));
-  for (int i = 0; i < blocks; i++) {
-    for (int r = 0; r < ROWS; r++) {
-      vf a, b;
-      W::decode(rows[r], i, a, b);
-      for (int t = 0; t < TOKENS; t++) acc[r][t] += a * load(x[t] + i * BLOCK);
-      for (int t = 0; t < TOKENS; t++) acc[r][t] += b * load(x[t] + i * BLOCK + LANES);
-    }
-  }
-  if (tail) {
-    for (int r = 0; r < ROWS; r++) {
-      vf a, b;
-      decode_tail<W>(rows[r], blocks, tail, a, b);
-      for (int t = 0; t < TOKENS; t++) acc[r][t] += a * load(x[t] + blocks * BLOCK);
-      for (int t = 0; t < TOKENS; t++) acc[r][t] += b * load(x[t] + blocks * BLOCK + LANES);
-    }
-  }
-  for (int t = 0; t < TOKENS; t++)
-    for (int r = 0; r < ROWS; r += 4)
-      *(v4_at *)(y + t * CHUNK + r) = sum4(acc[r][t], acc[r + 1][t], acc[r + 2][t], acc[r + 3][t]);
-}
-
-// Rows [first, first + PANEL_ROWS) as fp32, in stream order.
-template <class W>
-TM_NOINLINE void decode_panel(const W &w, int first, float *panel) {
-  const int blocks = w.k / BLOCK, tail = w.k % BLOCK, pitch = packed(w.k);
-  for (int r = 0; r < PANEL_ROWS; r++) {
-    const WeightRow row = w.row(min(first + r, w.n - 1));
-    float *out = panel + r * pitch;
-    vf a, b;
-    for (int i = 0; i < blocks; i++) {
-      W::decode(row, i, a, b);
-      store(out + i * BLOCK, a);
-      store(out + i * BLOCK + LANES, b);
-    }
-    if (tail) {
-      decode_tail<W>(row, blocks, tail, a, b);
-      store(out + blocks * BLOCK, a);
-      store(out + blocks * BLOCK + LANES, b);
-    }
-  }
-}
-
-// Up to TILE tokens from t on; the last one stands in for those that are missing.
-TM_INLINE void token_tile(const float *const *x, int t, int tokens, const float **tile) {
-  for (int i = 0; i < TILE; i++) tile[i] = x[min(t + i, tokens - 1)];
-}
-
-// y[t][r] = w[first + r] . x[t], r < count <= CHUNK, for `tokens` packed rows x[t].
-// y holds padded_tokens(tokens) rows of CHUNK floats; panel holds PANEL_ROWS packed rows.
-template <class W>
-inline void matmul(const W &w, int first, int count, const float *const *x, int tokens, float *panel,
-                   float *y) {
-  const float *tile[TILE];
-  if (tokens == 1) {
-    for (int r = 0; r < count; r += 8) dot_tile<W, 8, 1>(w, first + r, x, y + r);
-  } else if (tokens <= 2) {
-    for (int r = 0; r < count; r += 4) dot_tile<W, 4, 2>(w, first + r, x, y + r);
-  } else if (tokens <= DIRECT_TOKENS) {
-    for (int t = 0; t < tokens; t += TILE) {
-      token_tile(x, t, tokens, tile);
-      for (int r = 0; r < count; r += 4) dot_tile<W, 4, TILE>(w, first + r, tile, y + t * CHUNK + r);
-    }
-  } else {
-    const Fp32 rows{{panel, nullptr, PANEL_ROWS, packed(w.k)}};
-    for (int p = 0; p < count; p += PANEL_ROWS) {
-      decode_panel(w, first + p, panel);
-      for (int t = 0; t < tokens; t += TILE) {
-        token_tile(x, t, tokens, tile);
-        for (int r = 0; r < PANEL_ROWS; r += 4)
-          dot_tile<Fp32, 4, TILE>(rows, r, tile, y + t * CHUNK + p + r);
+// y[t][0:16] = w[16 panel : 16 panel + 16] . x[t] for the first `tokens` of T packed rows.
+template <class W, int T>
+TM_NOINLINE void tile(const W &w, int panel, const uint8_t *const *x, int tokens, float *y, int pitch) {
+  const int count = steps(w.k);
+  const uint8_t *q = (const uint8_t *)w.q + (size_t)panel * count * W::STEP_BYTES;
+  const void *scale = (const uint8_t *)w.scale + (size_t)panel * W::scales(w.k) * PANEL * W::SCALE_BYTES;
+  vf sums[T][VECS] = {};
+  if constexpr (W::INTEGER) {
+    for (int step = 0; step < count; step++, q += W::STEP_BYTES) {
+      vi acc[T][VECS];
+      TM_UNROLL for (int t = 0; t < T; t++)
+        for (int v = 0; v < VECS; v++) acc[t][v] = splat(W::Inputs::starts(x[t], w.k)[step]);
+      for (int j = 0; j < STEP / 8; j++) {
+        vi low[VECS], high[VECS];
+        W::load(q, j, low, high);
+        TM_UNROLL for (int t = 0; t < T; t++) {
+          const int32_t *a = (const int32_t *)(x[t] + step * STEP + j * 8);
+          for (int v = 0; v < VECS; v++) acc[t][v] = dot4<W::SMALL>(acc[t][v], low[v], a[0]);
+        }
+        TM_UNROLL for (int t = 0; t < T; t++) {
+          const int32_t *a = (const int32_t *)(x[t] + step * STEP + j * 8);
+          for (int v = 0; v < VECS; v++) acc[t][v] = dot4<W::SMALL>(acc[t][v], high[v], a[1]);
+        }
+      }
+      for (int v = 0; v < VECS; v++) {
+        const vf row_scale = W::STEP_SCALES ? W::scale_at(scale, step, v) : vf{};
+        TM_UNROLL for (int t = 0; t < T; t++) {
+          const float s = W::Inputs::scales(x[t], w.k)[step];
+          sums[t][v] += to_float(acc[t][v]) * (W::STEP_SCALES ? row_scale * s : splat(s));
+        }
       }
     }
+    if constexpr (!W::STEP_SCALES)
+      TM_UNROLL for (int t = 0; t < T; t++)
+        for (int v = 0; v < VECS; v++) sums[t][v] *= W::scale_at(scale, 0, v);
+  } else {
+    Sums<T> halves = {};
+    for (int step = 0; step < count; step++, q += W::STEP_BYTES)
+      W::template multiply<T>(halves, q, scale, step, x);
+    TM_UNROLL for (int t = 0; t < T; t++)
+      for (int v = 0; v < VECS; v++) sums[t][v] = halves[0][t][v] + halves[1][t][v];
   }
-  if constexpr (W::ROW_SCALE) {
-    const float *scale = (const float *)w.scale + first;
-    for (int t = 0; t < tokens; t++)
-      for (int r = 0; r < count; r++) y[t * CHUNK + r] *= scale[r];
+  TM_UNROLL for (int t = 0; t < T; t++)
+    if (t < tokens)
+      for (int v = 0; v < VECS; v++) store(y + (size_t)t * pitch + v * LANES, sums[t][v]);
+}
+
+// The same for any number of tokens, in tiles of the sizes that tiles.h lists.
+template <class W>
+TM_INLINE void product(const W &w, int panel, const uint8_t *const *x, int tokens, float *y, int pitch) {
+  for (int t = 0; t < tokens; t += TILE_TOKENS) {
+    const int n = min(TILE_TOKENS, tokens - t);
+    const uint8_t *rows[TILE_TOKENS];
+    for (int i = 0; i < TILE_TOKENS; i++) rows[i] = x[t + min(i, n - 1)];
+    float *to = y + (size_t)t * pitch;
+#define TM_TILE(T) \
+  if (n <= T) {    \
+    tile<W, T>(w, panel, rows, n, to, pitch); \
+    continue;      \
   }
+    TM_TILES(TM_TILE)
+#undef TM_TILE
+  }
+}
+
+// Tokens of one job, so many that their packed rows stay in the cache nearest to a core.
+constexpr int block_tokens(size_t row_bytes) {
+  return max(TILE_TOKENS, (int)(BLOCK_BYTES / row_bytes) / TILE_TOKENS * TILE_TOKENS);
+}
+
+// The rows of x, packed: by every thread for itself if they are few, else by all together.
+template <class Inputs>
+inline const uint8_t *pack_rows(Thread &th, Rows<float> x, int rows, int k, uint8_t *shared, uint8_t *local) {
+  const bool alone = rows <= ALONE_TOKENS;
+  uint8_t *to = alone ? local : shared;
+  for (int t = alone ? 0 : th.share(rows, 0); t < (alone ? rows : th.share(rows, 1)); t++)
+    Inputs::pack(to + t * Inputs::bytes(k), x[t], k);
+  if (!alone) th.barrier();
+  return to;
 }
 
 }  // namespace mill

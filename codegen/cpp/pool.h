@@ -46,7 +46,8 @@ inline void wait_while(const Word &w, int32_t value) {
 }
 
 struct Team {
-  Word arrived, generation, claimed;
+  Word arrived, generation;
+  Word *taken;  // per thread: jobs taken from its share
 };
 
 struct Thread {
@@ -55,32 +56,39 @@ struct Thread {
   Team *team;
   uint8_t *shared, *local;  // scratch of the kernel at hand: all threads', and this thread's
 
-  // Jobs are claimed as threads become free; the first needs no traffic.  Use each once per phase:
-  //   for (int job = th.first_job(); job < jobs; job = th.next_job())
-  int first_job() const { return id; }
-  int next_job() { return count == 1 ? ++single : count + bump(team->claimed); }
   // This thread's share [first, last) of n equal rows.
   int share(int n, int part) const { return (int)((int64_t)n * (id + part) / count); }
 
   void barrier() {
-    single = 0;
-    if (count == 1) return;
     const int32_t generation = peek(team->generation);
     if (bump(team->arrived) + 1 == count) {
       put(team->arrived, 0);
-      put(team->claimed, 0);
+      for (int i = 0; i < count; i++) put(team->taken[i], 0);
       put(team->generation, generation + 1);
     } else {
       wait_while(team->generation, generation);
     }
   }
+};
+
+// Jobs [0, count) of a phase, of which there is one between two barriers.  A thread takes its own share in
+// order, so that weights stream, and then from the shares of those that are behind:
+//   for (Jobs jobs(th, n); jobs.next();) use(jobs.at);
+struct Jobs {
+  Thread &th;
+  int count, at = 0;
+  Jobs(Thread &th, int count) : th(th), count(count) {}
+  bool next() {
+    for (; helped < th.count; helped++) {
+      const int64_t owner = (th.id + helped) % th.count;
+      at = (int)(count * owner / th.count) + bump(th.team->taken[owner]);
+      if (at < (int)(count * (owner + 1) / th.count)) return true;
+    }
+    return false;
+  }
 
  private:
-  int single = 0;
-
- public:
-  Thread(int id, int count, const tm_args *args, Team *team, uint8_t *shared, uint8_t *local)
-      : id(id), count(count), args(args), team(team), shared(shared), local(local) {}
+  int helped = 0;
 };
 
 // Arrays carved from a block of scratch, each on its own cache lines.
@@ -130,8 +138,12 @@ struct Pool {
 
 inline void run_as(Pool *pool, int id) {
   uint8_t *workspace = pool->args->workspace;
-  Thread th(id, pool->threads, pool->args, &pool->team, workspace,
-            workspace + pool->shared_bytes + id * pool->local_bytes);
+  Thread th{id,
+            pool->threads,
+            pool->args,
+            &pool->team,
+            workspace,
+            workspace + pool->shared_bytes + id * pool->local_bytes};
   pool->program(th, pool->first, pool->last);
 }
 
@@ -176,6 +188,7 @@ inline void pool_destroy(Pool *pool) {
   pthread_cond_destroy(&pool->wake);
   pthread_mutex_destroy(&pool->mutex);
   free(pool->workers);
+  free(pool->team.taken);
   free(pool);
 }
 
@@ -192,7 +205,11 @@ inline Pool *pool_create(int threads, size_t shared_bytes, size_t local_bytes, P
   pthread_mutex_init(&pool->mutex, nullptr);
   pthread_cond_init(&pool->wake, nullptr);
   pool->workers = (pthread_t *)calloc((size_t)threads, sizeof(pthread_t));
-  for (int id = 1; pool->workers && id < threads; id++) {
+  void *taken = nullptr;
+  if (posix_memalign(&taken, alignof(Word), (size_t)threads * sizeof(Word))) taken = nullptr;
+  if (taken) memset(taken, 0, (size_t)threads * sizeof(Word));
+  pool->team.taken = (Word *)taken;
+  for (int id = 1; pool->workers && taken && id < threads; id++) {
     Start *start = (Start *)malloc(sizeof(Start));
     if (start) *start = {pool, id};
     if (!start || pthread_create(&pool->workers[id], nullptr, worker, start)) {
@@ -201,7 +218,7 @@ inline Pool *pool_create(int threads, size_t shared_bytes, size_t local_bytes, P
     }
     pool->threads++;
   }
-  if (pool->threads == threads && pool->workers) return pool;
+  if (pool->threads == threads && pool->workers && taken) return pool;
   pool_destroy(pool);
   return nullptr;
 }

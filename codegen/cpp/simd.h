@@ -13,6 +13,12 @@
 
 #define TM_INLINE inline __attribute__((always_inline))
 #define TM_NOINLINE __attribute__((noinline))
+// Before a loop over registers: all of it, or its arrays live in memory.
+#if defined(__clang__)
+#define TM_UNROLL _Pragma("unroll")
+#else
+#define TM_UNROLL _Pragma("GCC unroll 16")
+#endif
 
 namespace mill {
 
@@ -26,12 +32,9 @@ typedef float v16 __attribute__((vector_size(64)));
 typedef float v4_at __attribute__((vector_size(16), aligned(4), may_alias));
 
 constexpr int LANES = TM_VECTOR_BYTES / 4;
-// 32 vector registers (AVX-512, NEON) hold a 4 x 4 tile of accumulators, 16 hold 4 x 2.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int TILE = 4;
-#else
-constexpr int TILE = 2;
-#endif
+typedef int8_t lane_bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+typedef uint8_t lane_ubytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+typedef uint16_t lane_halves __attribute__((vector_size(2 * LANES), aligned(1), may_alias));
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
@@ -41,6 +44,8 @@ constexpr int max(int a, int b) { return a > b ? a : b; }
 // --- moving -----------------------------------------------------------------------------------------
 
 TM_INLINE vf splat(float x) { return x - vf{}; }
+TM_INLINE vi splat(int32_t x) { return x - vi{}; }
+TM_INLINE vi words(const void *p) { return *(const vi_at *)p; }
 TM_INLINE vf load(const float *p) { return *(const vf_at *)p; }
 TM_INLINE void store(float *p, vf x) { *(vf_at *)p = x; }
 
@@ -56,8 +61,30 @@ TM_INLINE void store_n(float *p, vf x, int n) {
   memcpy(p, &x, (size_t)n * sizeof(float));
 }
 
+// Start to bring these bytes into the nearest cache.
+TM_INLINE void prefetch(const void *p, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch((const uint8_t *)p + i);
+}
+
 TM_INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 TM_INLINE vi to_int(vf x) { return __builtin_convertvector(x, vi); }
+TM_INLINE vi load_bytes(const int8_t *p) {
+#if defined(__AVX512F__) && TM_VECTOR_BYTES == 64
+  return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p));
+#elif defined(__AVX2__) && TM_VECTOR_BYTES == 32
+  return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p));
+#else
+  return __builtin_convertvector(*(const lane_bytes *)p, vi);
+#endif
+}
+// Lanes in [-128, 127] as bytes.
+TM_INLINE void store_bytes(int8_t *p, vi x) {
+#if defined(__AVX512F__) && TM_VECTOR_BYTES == 64
+  _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8((__m512i)x));
+#else
+  *(lane_bytes *)p = __builtin_convertvector(x, lane_bytes);
+#endif
+}
 
 // The lane numbers 0 .. LANES - 1 as a parameter pack (no header of the C++ library is used anywhere).
 template <int... I>
@@ -128,15 +155,26 @@ TM_INLINE float sum(vf a) {
   const v4 f = fold(a);
   return (f[0] + f[2]) + (f[1] + f[3]);
 }
+TM_INLINE v4 fold_max(v4 a) { return a; }
+TM_INLINE v4 fold_max(v8 a) {
+  const v4 low = __builtin_shufflevector(a, a, 0, 1, 2, 3), high = __builtin_shufflevector(a, a, 4, 5, 6, 7);
+  return low > high ? low : high;
+}
+TM_INLINE v4 fold_max(v16 a) {
+  const v8 low = __builtin_shufflevector(a, a, 0, 1, 2, 3, 4, 5, 6, 7);
+  const v8 high = __builtin_shufflevector(a, a, 8, 9, 10, 11, 12, 13, 14, 15);
+  return fold_max(low > high ? low : high);
+}
 TM_INLINE float highest(vf a) {
-  float best = a[0];
-  for (int i = 1; i < LANES; i++) best = a[i] > best ? a[i] : best;
-  return best;
+  const v4 f = fold_max(a);
+  const float p = f[0] > f[1] ? f[0] : f[1], q = f[2] > f[3] ? f[2] : f[3];
+  return p > q ? p : q;
 }
 
 // --- the functions of ir.expr -----------------------------------------------------------------------
 
 TM_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
+TM_INLINE vi select(vi mask, vi a, vi b) { return mask ? a : b; }
 TM_INLINE vf abs(vf x) { return (vf)((vi)x & 0x7fffffff); }
 TM_INLINE vf neg(vf x) { return -x; }
 TM_INLINE vf square(vf x) { return x * x; }
@@ -177,6 +215,21 @@ TM_INLINE vf exp(vf x) {
   p = p * (r * r) + r + 1.0f;
   const vi whole = to_int(n), half = whole >> 1;
   return p * power_of_two(half) * power_of_two(whole - half);
+}
+
+// 2^x, polynomial (Cephes exp2f): exactly 1 at 0, and 0 from -126 downwards.  x <= 127.
+TM_INLINE vf exp2(vf x) {
+  const vf from = select(x < -126.0f, splat(-126.0f), x);
+  const vf shifted = from + 12582912.0f;  // the whole part, in the last bits of the fraction
+  const vf r = from - (shifted - 12582912.0f);
+  vf p = splat(1.535336188319500e-4f);
+  p = p * r + 1.339887440266574e-3f;
+  p = p * r + 9.618437357674640e-3f;
+  p = p * r + 5.550332471162809e-2f;
+  p = p * r + 2.402264791363012e-1f;
+  p = p * r + 6.931472028550421e-1f;
+  p = p * r + 1.0f;
+  return select(x <= -126.0f, vf{}, (vf)((vi)p + ((vi)shifted << 23)));
 }
 
 // Cephes logf: x = m 2^e with m in [sqrt(1/2), sqrt(2)), polynomial in m - 1.
@@ -272,6 +325,55 @@ TM_INLINE uint16_t to_bf16(float x) {
   memcpy(&bits, &x, 4);
   if (x != x) return 0x7fc0;
   return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+TM_INLINE vf load_bf16(const uint16_t *p) {
+#if defined(__AVX512F__) && TM_VECTOR_BYTES == 64
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+#else
+  return (vf)(__builtin_convertvector(*(const lane_halves *)p, vi) << 16);
+#endif
+}
+TM_INLINE void store_bf16(uint16_t *p, vf x) {
+#if defined(__AVX512BF16__) && TM_VECTOR_BYTES == 64
+  *(lane_halves *)p = (lane_halves)_mm512_cvtneps_pbh((__m512)x);
+#else
+  const vi bits = (vi)x, odd = (bits >> 16) & 1;
+  const vi rounded = ((bits + 0x7fff + odd) >> 16) & 0xffff;
+  *(lane_halves *)p = __builtin_convertvector(select(x == x, rounded, splat(0x7fc0)), lane_halves);
+#endif
+}
+
+TM_INLINE void store_bf16_n(uint16_t *p, vf x, int n) {
+  if (n >= LANES) return store_bf16(p, x);
+  uint16_t all[LANES];
+  store_bf16(all, x);
+  memcpy(p, all, (size_t)n * sizeof(uint16_t));
+}
+
+// The halves of words of two vectors one by one: {a0, b0}, {a1, b1}, ... of their first or second half.
+typedef int16_t vh __attribute__((vector_size(TM_VECTOR_BYTES)));
+template <int Half, int... I>
+TM_INLINE vi zip_halves(vi a, vi b, Indices<I...>) {
+  return (vi)__builtin_shufflevector((vh)a, (vh)b, (Half * LANES + I / 2 + I % 2 * 2 * LANES)...);
+}
+template <int Half>
+TM_INLINE vi zip_halves(vi a, vi b) {
+  return zip_halves<Half>(a, b, CountTo<2 * LANES>::type{});
+}
+
+// Per lane the word {a, b} of two bf16, the first in the low half.
+TM_INLINE vi pair_bf16(vf a, vf b) {
+#if defined(__AVX512BF16__) && TM_VECTOR_BYTES == 64
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+  return zip_halves<0>((vi)both, (vi)_mm512_shuffle_i64x2(both, both, 0xee));
+#else
+  uint16_t low[LANES], high[LANES];
+  store_bf16(low, a);
+  store_bf16(high, b);
+  return __builtin_convertvector(*(const lane_halves *)low, vi) |
+         __builtin_convertvector(*(const lane_halves *)high, vi) << 16;
+#endif
 }
 
 // dst[i] = src[i] for n floats stored as fp32 or bf16

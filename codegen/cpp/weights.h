@@ -1,91 +1,179 @@
-// Weight formats (ir/quant.py): how BLOCK stored inputs of one output row become two vectors.
-//
-// A format whose values sit in alternating halves of a word (bf16) or byte (int4) yields the even inputs
-// first and then the odd ones; its activations are packed in the same order, so nothing is shuffled while
-// weights stream.  Every dot product therefore runs in the "stream order" of its format.
+// Weight formats as panels (ir/packing.py), the activations that they are multiplied with, and the
+// arithmetic of each: 16 rows stand side by side in the lanes, and every lane sums one output.
 #pragma once
 #include "simd.h"
 
 namespace mill {
 
-constexpr int BLOCK = 2 * LANES;
+constexpr int PANEL = 16;             // rows of a panel
+constexpr int STEP = 32;              // inputs are padded to whole steps; a step of INT8 inputs has one scale
+constexpr int VECS = PANEL / LANES;   // vectors that hold one value per row
 
-// One matrix [n, k] in its parts; `scale` is null for fp32 and bf16.
+constexpr int panels(int rows) { return ceil_div(rows, PANEL); }
+constexpr int steps(int k) { return ceil_div(k, STEP); }
+
+// A matrix [n, k]: `q` its panels, `scale` [panels, columns of scales, 16].
 struct Weight {
   const void *q, *scale;
   int n, k;
 };
 
-// One output row.
-struct WeightRow {
-  const uint8_t *q;
-  const void *scale;
+// --- activations ------------------------------------------------------------------------------------
+// A packed row starts at a multiple of 64 bytes and is padded with zeros to whole steps; pack_step makes
+// one step of it from the first n values at x.
+
+struct FloatInputs {
+  static constexpr size_t bytes(int k) { return (size_t)steps(k) * STEP * 4; }
+  static TM_INLINE void pack(uint8_t *to, const float *x, int k) {
+    for (int i = 0; i < steps(k); i++) pack_step(to, k, i, x + i * STEP, k - i * STEP);
+  }
+  static TM_INLINE void pack_step(uint8_t *to, int, int step, const float *x, int n) {
+    const int at = step * STEP;
+    for (int i = 0; i < STEP; i += LANES)
+      store((float *)to + at + i, i < n ? load_n(x + i, n - i) : vf{});
+  }
 };
 
-struct Fp32 : Weight {
-  static constexpr bool INTERLEAVED = false, ROW_SCALE = false;
-  static constexpr size_t bytes(int inputs) { return (size_t)inputs * 4; }
-  TM_INLINE WeightRow row(int i) const { return {(const uint8_t *)q + i * bytes(k), nullptr}; }
-  static TM_INLINE const void *scale_at(const WeightRow &, int) { return nullptr; }
-  static TM_INLINE void decode(const WeightRow &r, int block, vf &a, vf &b) {
-    const float *p = (const float *)r.q + (size_t)block * BLOCK;
-    a = load(p);
-    b = load(p + LANES);
+struct Bf16Inputs {
+  static constexpr size_t bytes(int k) { return (size_t)steps(k) * STEP * 2; }
+  static TM_INLINE void pack(uint8_t *to, const float *x, int k) {
+    for (int i = 0; i < steps(k); i++) pack_step(to, k, i, x + i * STEP, k - i * STEP);
   }
-  Fp32 expert(int e) const { return {{(const uint8_t *)q + e * (n * bytes(k)), nullptr, n, k}}; }
+  static TM_INLINE void pack_step(uint8_t *to, int, int step, const float *x, int n) {
+    const int at = step * STEP;
+    for (int i = 0; i < STEP; i += LANES)
+      store_bf16((uint16_t *)to + at + i, i < n ? load_n(x + i, n - i) : vf{});
+  }
+};
+
+// Values, then a scale per step, then per step -ZERO times the sum of its values: weights are stored with
+// ZERO added, and start from there.  scale = max |x| / 127, values round to nearest even.
+template <int ZERO>
+struct Int8Inputs {
+  static constexpr size_t bytes(int k) { return round_up(steps(k) * (STEP + 8), 64); }
+  static TM_INLINE const float *scales(const uint8_t *row, int k) {
+    return (const float *)(row + steps(k) * STEP);
+  }
+  static TM_INLINE const int32_t *starts(const uint8_t *row, int k) {
+    return (const int32_t *)(row + steps(k) * (STEP + 4));
+  }
+  static TM_INLINE void pack(uint8_t *to, const float *x, int k) {
+    for (int i = 0; i < steps(k); i++) pack_step(to, k, i, x + i * STEP, k - i * STEP);
+  }
+  static TM_INLINE void pack_step(uint8_t *to, int k, int i, const float *x, int n) {
+    constexpr int PARTS = STEP / LANES;
+    vf part[PARTS], peak = {};
+    for (int j = 0; j < PARTS; j++) {
+      part[j] = j * LANES < n ? load_n(x + j * LANES, n - j * LANES) : vf{};
+      const vf size = abs(part[j]);
+      peak = size > peak ? size : peak;
+    }
+    float scale = highest(peak) / 127.0f;
+    scale = scale < 1.17549435e-38f ? 0.0f : scale;
+    const float inverse = scale == 0.0f ? 1.0f : 1.0f / scale;
+    vi sum = {};
+    for (int j = 0; j < PARTS; j++) {
+      const vi q = to_int(round(part[j] * inverse));
+      store_bytes((int8_t *)to + i * STEP + j * LANES, q);
+      sum += q;
+    }
+    ((float *)(to + steps(k) * STEP))[i] = scale;
+    ((int32_t *)(to + steps(k) * (STEP + 4)))[i] = -ZERO * (int32_t)::mill::sum(to_float(sum));
+  }
+};
+
+// --- arithmetic -------------------------------------------------------------------------------------
+
+// acc + the products of four unsigned bytes of w with four signed ones of x, per lane.  SMALL: w < 64.
+template <bool SMALL>
+TM_INLINE vi dot4(vi acc, vi w, int32_t x) {
+#if defined(__AVX512VNNI__) && TM_VECTOR_BYTES == 64
+  return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(x));
+#elif defined(__AVXVNNI__) && TM_VECTOR_BYTES == 32
+  return (vi)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)w, _mm256_set1_epi32(x));
+#elif defined(__AVX512BW__) && TM_VECTOR_BYTES == 64
+  if (SMALL) {
+    const __m512i pairs = _mm512_maddubs_epi16((__m512i)w, _mm512_set1_epi32(x));
+    return acc + (vi)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+  }
+  const __m512i even = _mm512_set1_epi32((int32_t)(((uint32_t)(int16_t)(int8_t)(x >> 16) << 16) | (uint16_t)(int8_t)x));
+  const __m512i odd = _mm512_set1_epi32((int32_t)(((uint32_t)(int16_t)(int8_t)(x >> 24) << 16) | (uint16_t)(int8_t)(x >> 8)));
+  const __m512i low = _mm512_set1_epi16(255);
+  return acc + (vi)_mm512_madd_epi16(_mm512_and_si512((__m512i)w, low), even) +
+         (vi)_mm512_madd_epi16(_mm512_srli_epi16((__m512i)w, 8), odd);
+#elif defined(__AVX2__) && TM_VECTOR_BYTES == 32
+  if (SMALL) {
+    const __m256i pairs = _mm256_maddubs_epi16((__m256i)w, _mm256_set1_epi32(x));
+    return acc + (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  }
+  const __m256i xs = _mm256_set1_epi32(x);
+  const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(xs, 8), 8), odd = _mm256_srai_epi16(xs, 8);
+  return acc + (vi)_mm256_madd_epi16(_mm256_and_si256((__m256i)w, _mm256_set1_epi16(255)), even) +
+         (vi)_mm256_madd_epi16(_mm256_srli_epi16((__m256i)w, 8), odd);
+#else
+  for (int i = 0; i < 32; i += 8) acc += ((w >> i) & 255) * (int32_t)(int8_t)(x >> i);
+  return acc;
+#endif
+}
+
+// acc + the products of two bf16 of w with two of x, per lane.
+TM_INLINE vf dot2(vf acc, vi w, int32_t x) {
+#if defined(__AVX512BF16__) && TM_VECTOR_BYTES == 64
+  return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)_mm512_set1_epi32(x));
+#else
+  const vi xs = splat(x), high = splat((int32_t)0xffff0000);
+  acc += (vf)(w << 16) * (vf)(xs << 16);
+  return acc + (vf)(w & high) * (vf)(xs & high);
+#endif
+}
+
+// --- formats ----------------------------------------------------------------------------------------
+// Formats with fp32 sums (INTEGER false) say in `multiply` how to add one step of a panel to T tokens'
+// sums, two per output so that additions need not wait for each other.  Those with integer sums yield
+// in `load` the four-byte words of inputs [8 j, 8 j + 8) of a step, and a scale per row.
+
+template <int T>
+using Sums = vf[2][T][VECS];
+
+struct Fp32 : Weight {
+  using Inputs = FloatInputs;
+  static constexpr bool INTEGER = false;
+  static constexpr size_t STEP_BYTES = STEP * PANEL * 4;
+  static constexpr int SCALE_BYTES = 0;
+  static constexpr int scales(int) { return 0; }
+  template <int T>
+  static TM_INLINE void multiply(Sums<T> &sums, const uint8_t *q, const void *, int step,
+                                 const uint8_t *const *x) {
+    for (int i = 0; i < STEP; i += 2)
+      TM_UNROLL for (int half = 0; half < 2; half++) {
+        vf w[VECS];
+        for (int v = 0; v < VECS; v++) w[v] = load((const float *)q + (i + half) * PANEL + v * LANES);
+        TM_UNROLL for (int t = 0; t < T; t++) {
+          const float a = ((const float *)x[t])[step * STEP + i + half];
+          for (int v = 0; v < VECS; v++) sums[half][t][v] += w[v] * a;
+        }
+      }
+  }
 };
 
 struct Bf16 : Weight {
-  static constexpr bool INTERLEAVED = true, ROW_SCALE = false;
-  static constexpr size_t bytes(int inputs) { return (size_t)inputs * 2; }
-  TM_INLINE WeightRow row(int i) const { return {(const uint8_t *)q + i * bytes(k), nullptr}; }
-  static TM_INLINE const void *scale_at(const WeightRow &, int) { return nullptr; }
-  static TM_INLINE void decode(const WeightRow &r, int block, vf &a, vf &b) {
-    const vi pairs = *(const vi_at *)(r.q + bytes(block * BLOCK));
-    a = (vf)(pairs << 16);
-    b = (vf)(pairs & (int32_t)0xffff0000);
-  }
-  Bf16 expert(int e) const { return {{(const uint8_t *)q + e * (n * bytes(k)), nullptr, n, k}}; }
-};
-
-typedef int8_t lane_bytes __attribute__((vector_size(LANES)));
-typedef uint8_t lane_ubytes __attribute__((vector_size(LANES)));
-typedef int8_t lane_bytes_at __attribute__((vector_size(LANES), aligned(1), may_alias));
-typedef uint8_t lane_ubytes_at __attribute__((vector_size(LANES), aligned(1), may_alias));
-
-// LANES bytes, sign- or zero-extended to 32 bits
-TM_INLINE vi extend(const int8_t *p) {
-#if defined(__AVX512F__) && TM_VECTOR_BYTES == 64
-  return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p));
-#elif defined(__AVX2__) && TM_VECTOR_BYTES == 32
-  return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p));
-#else
-  return __builtin_convertvector(*(const lane_bytes_at *)p, vi);
-#endif
-}
-TM_INLINE vi extend(const uint8_t *p) {
-#if defined(__AVX512F__) && TM_VECTOR_BYTES == 64
-  return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
-#elif defined(__AVX2__) && TM_VECTOR_BYTES == 32
-  return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
-#else
-  return __builtin_convertvector(*(const lane_ubytes_at *)p, vi);
-#endif
-}
-
-// The scale [n] multiplies the finished dot product.
-struct Int8 : Weight {
-  static constexpr bool INTERLEAVED = false, ROW_SCALE = true;
-  static constexpr size_t bytes(int inputs) { return (size_t)inputs; }
-  TM_INLINE WeightRow row(int i) const { return {(const uint8_t *)q + i * bytes(k), nullptr}; }
-  static TM_INLINE const void *scale_at(const WeightRow &, int) { return nullptr; }
-  static TM_INLINE void decode(const WeightRow &r, int block, vf &a, vf &b) {
-    const int8_t *p = (const int8_t *)r.q + (size_t)block * BLOCK;
-    a = to_float(extend(p));
-    b = to_float(extend(p + LANES));
-  }
-  Int8 expert(int e) const {
-    return {{(const uint8_t *)q + e * (n * bytes(k)), (const float *)scale + (size_t)e * n, n, k}};
+  using Inputs = Bf16Inputs;
+  static constexpr bool INTEGER = false;
+  static constexpr size_t STEP_BYTES = STEP * PANEL * 2;
+  static constexpr int SCALE_BYTES = 0;
+  static constexpr int scales(int) { return 0; }
+  template <int T>
+  static TM_INLINE void multiply(Sums<T> &sums, const uint8_t *q, const void *, int step,
+                                 const uint8_t *const *x) {
+    for (int i = 0; i < STEP / 2; i += 2)
+      TM_UNROLL for (int half = 0; half < 2; half++) {
+        vi w[VECS];
+        for (int v = 0; v < VECS; v++) w[v] = words(q + (i + half) * PANEL * 4 + v * TM_VECTOR_BYTES);
+        TM_UNROLL for (int t = 0; t < T; t++) {
+          const int32_t a = ((const int32_t *)x[t])[step * (STEP / 2) + i + half];
+          for (int v = 0; v < VECS; v++) sums[half][t][v] = dot2(sums[half][t][v], w[v], a);
+        }
+      }
   }
 };
 
@@ -100,70 +188,79 @@ TM_INLINE vf decode_e4m3(const uint8_t *p) {
   return (vf)_mm256_cvtph_ps(_mm_and_si128(wide, _mm_set1_epi16((short)0xbf80))) * 256.0f;
 #else
   // As fp32: the same, off by 2^120.
-  const vi u = extend(p);
+  const vi u = __builtin_convertvector(*(const lane_ubytes *)p, vi);
   return (vf)(((u & 0x7f) << 20) | ((u & 0x80) << 24)) * 0x1p120f;
 #endif
 }
 
-// One fp32 scale per 128 x 128 block.
+// One fp32 scale per row and 128 inputs.
 struct Fp8 : Weight {
-  static constexpr bool INTERLEAVED = false, ROW_SCALE = false;
-  static constexpr size_t bytes(int inputs) { return (size_t)inputs; }
-  TM_INLINE WeightRow row(int i) const {
-    const size_t scales = (size_t)(i / 128) * ceil_div(k, 128);
-    return {(const uint8_t *)q + i * bytes(k), (const float *)scale + scales};
-  }
-  static TM_INLINE const void *scale_at(const WeightRow &r, int block) {
-    return (const float *)r.scale + block * BLOCK / 128;
-  }
-  static TM_INLINE void decode(const WeightRow &r, int block, vf &a, vf &b) {
-    const float s = *(const float *)scale_at(r, block);
-    const uint8_t *p = r.q + (size_t)block * BLOCK;
-    a = decode_e4m3(p) * s;
-    b = decode_e4m3(p + LANES) * s;
-  }
-  Fp8 expert(int e) const {
-    const size_t scales = (size_t)ceil_div(n, 128) * ceil_div(k, 128);
-    return {{(const uint8_t *)q + e * (n * bytes(k)), (const float *)scale + e * scales, n, k}};
+  using Inputs = FloatInputs;
+  static constexpr bool INTEGER = false;
+  static constexpr size_t STEP_BYTES = STEP * PANEL;
+  static constexpr int SCALE_BYTES = 4;
+  static constexpr int scales(int k) { return ceil_div(k, 128); }
+  template <int T>
+  static TM_INLINE void multiply(Sums<T> &sums, const uint8_t *q, const void *scale, int step,
+                                 const uint8_t *const *x) {
+    const float *s = (const float *)scale + step * STEP / 128 * PANEL;
+    for (int i = 0; i < STEP; i += 2)
+      TM_UNROLL for (int half = 0; half < 2; half++) {
+        vf w[VECS];
+        for (int v = 0; v < VECS; v++)
+          w[v] = decode_e4m3(q + (i + half) * PANEL + v * LANES) * load(s + v * LANES);
+        TM_UNROLL for (int t = 0; t < T; t++) {
+          const float a = ((const float *)x[t])[step * STEP + i + half];
+          for (int v = 0; v < VECS; v++) sums[half][t][v] += w[v] * a;
+        }
+      }
   }
 };
 
-// value = (nibble - 8) * scale, one bf16 scale per GROUP inputs; every product is exact in fp32.
+// One fp32 scale per row, applied to the finished sum.
+struct Int8 : Weight {
+  using Inputs = Int8Inputs<128>;
+  static constexpr bool INTEGER = true, SMALL = false, STEP_SCALES = false;
+  static constexpr size_t STEP_BYTES = STEP * PANEL;
+  static constexpr int SCALE_BYTES = 4;
+  static constexpr int scales(int) { return 1; }
+  static TM_INLINE void load(const uint8_t *q, int j, vi (&low)[VECS], vi (&high)[VECS]) {
+    for (int v = 0; v < VECS; v++) {
+      low[v] = words(q + (2 * j) * PANEL * 4 + v * TM_VECTOR_BYTES);
+      high[v] = words(q + (2 * j + 1) * PANEL * 4 + v * TM_VECTOR_BYTES);
+    }
+  }
+  static TM_INLINE vf scale_at(const void *scale, int, int v) {
+    return ::mill::load((const float *)scale + v * LANES);
+  }
+};
+
+// value = (nibble - 8) * scale, one bf16 scale per row and GROUP inputs.
 template <int GROUP>
 struct Int4 : Weight {
-  static constexpr bool INTERLEAVED = true, ROW_SCALE = false;
-  static constexpr size_t bytes(int inputs) { return (size_t)(inputs + 1) / 2; }
-  TM_INLINE WeightRow row(int i) const {
-    return {(const uint8_t *)q + i * bytes(k), (const uint16_t *)scale + (size_t)i * ceil_div(k, GROUP)};
+  using Inputs = Int8Inputs<8>;
+  static constexpr bool INTEGER = true, SMALL = true, STEP_SCALES = true;
+  static constexpr size_t STEP_BYTES = STEP * PANEL / 2;
+  static constexpr int SCALE_BYTES = 2;
+  static constexpr int scales(int k) { return ceil_div(k, GROUP); }
+  static TM_INLINE void load(const uint8_t *q, int j, vi (&low)[VECS], vi (&high)[VECS]) {
+    for (int v = 0; v < VECS; v++) {
+      const vi both = words(q + j * PANEL * 4 + v * TM_VECTOR_BYTES);
+      low[v] = both & 0x0f0f0f0f;
+      high[v] = (both >> 4) & 0x0f0f0f0f;
+    }
   }
-  static TM_INLINE const void *scale_at(const WeightRow &r, int block) {
-    return (const uint16_t *)r.scale + block * BLOCK / GROUP;
-  }
-  static TM_INLINE void decode(const WeightRow &r, int block, vf &a, vf &b) {
-    const float s = from_bf16(*(const uint16_t *)scale_at(r, block));
-    const vi pairs = extend(r.q + bytes(block * BLOCK));
-#if defined(__AVX512F__) && TM_VECTOR_BYTES == 64
-    // vpermps looks up 16 floats by the low four bits of each lane.
-    const __m512 table = (__m512)((iota() - 8.0f) * s);
-    a = (vf)_mm512_permutexvar_ps((__m512i)pairs, table);
-    b = (vf)_mm512_permutexvar_ps((__m512i)(pairs >> 4), table);
-#else
-    a = to_float((pairs & 15) - 8) * s;
-    b = to_float((pairs >> 4) - 8) * s;
-#endif
-  }
-  Int4 expert(int e) const {
-    const size_t scales = (size_t)n * ceil_div(k, GROUP);
-    return {{(const uint8_t *)q + e * (n * bytes(k)), (const uint16_t *)scale + e * scales, n, k}};
+  static TM_INLINE vf scale_at(const void *scale, int step, int v) {
+    return load_bf16((const uint16_t *)scale + step * STEP / GROUP * PANEL + v * LANES);
   }
 };
 
-// The last, partial block of a row: its bytes are copied so that nothing past the row is read.
+// Matrix e of several, each of `count` panels.
 template <class W>
-TM_INLINE void decode_tail(const WeightRow &r, int block, int inputs, vf &a, vf &b) {
-  alignas(64) uint8_t bytes[BLOCK * 4] = {};
-  memcpy(bytes, r.q + W::bytes(block * BLOCK), W::bytes(inputs));
-  W::decode(WeightRow{bytes, W::scale_at(r, block)}, 0, a, b);
+TM_INLINE Weight expert_weight(const void *q, const void *scale, int count, int n, int k, int e) {
+  const size_t first = (size_t)e * count;
+  return {(const uint8_t *)q + first * steps(k) * W::STEP_BYTES,
+          (const uint8_t *)scale + first * W::scales(k) * PANEL * W::SCALE_BYTES, n, k};
 }
 
 }  // namespace mill

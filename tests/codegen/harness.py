@@ -16,7 +16,7 @@ import torch
 from tokenmill import codegen
 from tokenmill.codegen import build, reference
 from tokenmill.codegen.cpp.target import parse_target
-from tokenmill.ir import cache, quant
+from tokenmill.ir import cache, packing, quant
 from tokenmill.ir.cache import PAGE, Batch, CacheSpec
 from tokenmill.ir.plan import (
     Attend,
@@ -49,18 +49,19 @@ def weights_of(spec: KernelSpec, rng: torch.Generator) -> dict[str, Tensor]:
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=rng)
 
-    def packed(fmt: str, *shape: int, prefix: str = "") -> dict[str, Tensor]:
-        parts = quant.quantize(randn(*shape) * shape[-1] ** -0.5, quant.parse(fmt))
-        return {prefix + name: part for name, part in parts.items()}
+    def panels(fmt: str, *shape: int, prefix: str = "", parts: int = 1) -> dict[str, Tensor]:
+        weight = quant.quantize(randn(*shape) * shape[-1] ** -0.5, quant.parse(fmt))
+        packed = packing.pack(weight, quant.parse(fmt), parts)
+        return {prefix + name: part for name, part in packed.items()}
 
     match spec:
         case Embed():
-            return packed(spec.format, spec.vocab, spec.width)
+            return quant.quantize(randn(spec.vocab, spec.width), quant.parse(spec.format))
         case Norm():
             wanted = {"weight": spec.weight, "bias": spec.bias}
             return {name: randn(spec.width) for name, there in wanted.items() if there}
         case Linear():
-            out = packed(spec.format, spec.parts * spec.n, spec.k)
+            out = panels(spec.format, spec.parts * spec.n, spec.k, parts=spec.parts)
             out |= {"bias": randn(spec.parts * spec.n)} if spec.bias else {}
             return out | {
                 f"e{i}": randn(spec.n) for i, k in enumerate(spec.extras) if k == "channel"
@@ -71,19 +72,20 @@ def weights_of(spec: KernelSpec, rng: torch.Generator) -> dict[str, Tensor]:
         case Attend():
             return {"sinks": 3 * randn(spec.heads)} if spec.sinks else {}
         case LatentAttend():
-            dtype = torch.bfloat16 if spec.up_format == "bf16" else torch.float32
-            scale = spec.latent**-0.5
-            return {
-                "w_uk": (randn(spec.heads, spec.nope, spec.latent) * scale).to(dtype),
-                "w_uv": (randn(spec.heads, spec.value, spec.latent) * scale).to(dtype),
-            }
+            up, fmt = (spec.heads, spec.nope, spec.latent), quant.parse(spec.up_format)
+            w_uk = quant.quantize(randn(*up) * spec.latent**-0.5, fmt)
+            turned = w_uk.pop(fmt.parts[0]).transpose(-1, -2)
+            w_uk[fmt.parts[0]] = packing.pack_part(fmt.parts[0], turned, fmt, spec.latent)
+            out = {f"w_uk_{name}": part for name, part in w_uk.items()}
+            down = (spec.heads, spec.value, spec.latent)
+            return out | panels(spec.up_format, *down, prefix="w_uv_")
         case Route():
             return {"bias": randn(spec.experts)} if spec.router.bias else {}
         case Experts():
             parts = 2 if spec.gated else 1
             up = (spec.experts, parts * spec.inter, spec.hidden)
             down = (spec.experts, spec.hidden, spec.inter)
-            return packed(spec.gate_up_format, *up, prefix="gate_up_") | packed(
+            return panels(spec.gate_up_format, *up, prefix="gate_up_", parts=parts) | panels(
                 spec.down_format, *down, prefix="down_"
             )
     return {}

@@ -49,11 +49,17 @@ ATTENDS = (
     *(Attend(6, 2, 24, 20, 0.2, fmt) for fmt in FORMATS),
     Attend(4, 4, 16, 16, 0.25, "bf16", window=5, softcap=20.0),
     Attend(5, 1, 40, 33, 0.15, "int8", window=70, sinks=True),
+    Attend(8, 2, 64, 32, 0.125, "bf16", window=600, sinks=True),
 )
+# Absorbed and expanded: up to 8 queries and more; always expanded; always absorbed.  Widths that are whole
+# steps are read where the cache has them, others are decoded.
 LATENTS = (
     *(LatentAttend(6, 20, 12, 40, 24, 0.2, fmt, absorb_below=9) for fmt in FORMATS),
+    LatentAttend(6, 20, 12, 40, 24, 0.2, "fp32", "fp32", absorb_below=9),
+    LatentAttend(5, 32, 32, 64, 16, 0.1, "int8", "int8", absorb_below=9),
     LatentAttend(20, 70, 8, 130, 17, 0.1, "bf16", "fp32", absorb_below=1),
     LatentAttend(20, 70, 8, 130, 17, 0.1, "int8", "fp32", absorb_below=1000),
+    LatentAttend(70, 24, 32, 64, 16, 0.15, "bf16", "int8", absorb_below=1000),
 )
 ROUTES = tuple(
     Route(experts, router)
@@ -135,6 +141,7 @@ BATCHES = {
     "over a page boundary": ((60, 9), (0, 0), (127, 2)),
     "ragged": ((0, 70), (130, 1), (64, 33), (7, 3), (63, 2)),
     "many": ((100, 200),),
+    "long": ((1030, 3), (250, 5)),
 }
 
 
@@ -144,6 +151,7 @@ PORTABLE: tuple[KernelSpec, ...] = (
     *EXPERTS[2:],
     *ATTENDS[2:5],
     LATENTS[2],
+    LATENTS[4],
     *ROUTES[1:3],
     NORMS[3],
     *ROPES[2:4],
@@ -170,7 +178,34 @@ def check(
     got = kernels.run(spec, batch, inputs, threads)
     want = kernels.expected(spec, batch, inputs)
     for name, value in want.items():
-        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=2e-5)
+        assert_close(spec, got[name], value)
+
+
+def assert_close(spec: KernelSpec, got: torch.Tensor, want: torch.Tensor) -> None:
+    """Equal up to the order of sums.  A kernel that rounds what it computed itself (experts between their
+    products, attention to BF16) may round a few numbers otherwise than the reference does: then the error
+    is bounded relative to a row's largest value.
+    """
+    assert got.shape == want.shape
+    if not want.numel():
+        return
+    match spec:
+        case Experts(down_format="fp32" | "fp8") | Attend(cache_format="fp32"):
+            most, usual = 0.0, 0.0
+        case LatentAttend(cache_format="fp32", up_format="fp32"):
+            most, usual = 0.0, 0.0
+        case Attend() | LatentAttend():
+            most, usual = 2.0**-6, 2.0**-7
+        case Experts():
+            most, usual = 2.0**-8, 2.0**-13
+        case _:
+            most, usual = 0.0, 0.0
+    if most:
+        error = (got - want).abs().amax(-1) / want.abs().amax(-1)
+        assert error.max() < most
+        assert len(error) < 8 or error.median() < usual
+    else:
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
 
 
 PER_BATCH = (
@@ -306,8 +341,7 @@ def test_all_tokens_on_the_same_experts(kernels: Kernels, spec: Experts, tokens:
     inputs = inputs_of(kernels, spec, batch)
     inputs["ids"][:] = torch.arange(spec.top_k).flip(0) + spec.experts - spec.top_k
     got = kernels.run(spec, batch, inputs)["out"]
-    want = kernels.expected(spec, batch, inputs)["out"]
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
+    assert_close(spec, got, kernels.expected(spec, batch, inputs)["out"])
 
 
 def test_weights_of_idle_experts_are_not_read(kernels: Kernels) -> None:
@@ -323,9 +357,7 @@ def test_weights_of_idle_experts_are_not_read(kernels: Kernels) -> None:
     got = kernels.run(spec, batch, inputs)["out"]
     for name, value in saved.items():
         weights[name].copy_(value)
-    torch.testing.assert_close(
-        got, kernels.expected(spec, batch, inputs)["out"], rtol=1e-4, atol=2e-5
-    )
+    assert_close(spec, got, kernels.expected(spec, batch, inputs)["out"])
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 90])
@@ -365,3 +397,40 @@ def test_a_token_has_the_same_bits_alone_and_in_a_batch(
         got = kernels.run(spec, piece, part)
         for name, value in got.items():
             assert torch.equal(value, want[name][at : at + size])
+
+
+ATTENTIONS = (*ATTENDS, *LATENTS)
+
+
+@pytest.mark.parametrize("spec", ATTENTIONS, ids=str)
+@pytest.mark.parametrize("sequences", [((1100, 40),), ((1050, 1), (3, 1)), ((1535, 1),)], ids=str)
+def test_splitting_keys_between_threads_does_not_change_a_bit(
+    kernels: Kernels, spec: Attend | LatentAttend, sequences: tuple[tuple[int, int], ...]
+) -> None:
+    """Two threads share spans of keys, five single blocks, one walks all."""
+    batch = batch_of(*sequences)
+    inputs = inputs_of(kernels, spec, batch)
+    want = kernels.expected(spec, batch, inputs)["out"]
+    alone = kernels.run(spec, batch, inputs)["out"]
+    assert_close(spec, alone, want)
+    for threads in (2, 5):
+        assert torch.equal(kernels.run(spec, batch, inputs, threads)["out"], alone)
+
+
+@pytest.mark.parametrize("spec", ATTENTIONS, ids=str)
+def test_a_long_prompt_has_the_same_bits_in_pieces(
+    kernels: Kernels, spec: Attend | LatentAttend
+) -> None:
+    cut = 8 if isinstance(spec, LatentAttend) and spec.absorb_below == 9 else 90
+    whole = batch_of((1000, cut))
+    inputs = inputs_of(kernels, spec, whole)
+    want = kernels.run(spec, whole, inputs)["out"]
+    for lo, hi in ((0, 1), (1, 3), (3, cut - 1), (cut - 1, cut)):
+        piece = Batch(
+            whole.positions[lo:hi],
+            torch.tensor([0, hi - lo], dtype=torch.int32),
+            whole.block_table,
+        )
+        part = {name: value[lo:hi] for name, value in inputs.items()}
+        got = kernels.run(spec, piece, part, threads=3)["out"]
+        assert torch.equal(got, want[lo:hi])

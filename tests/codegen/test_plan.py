@@ -91,6 +91,12 @@ def piece(whole: Batch, sequence: int, lo: int, hi: int) -> Batch:
     return Batch(torch.arange(lo, hi, dtype=torch.int32), ints(0, hi - lo), table)
 
 
+def assert_near(got: Tensor, want: Tensor) -> None:
+    """Activations are rounded to BF16 and INT8 on the way, where the last bit of a sum decides."""
+    error = (got - want).norm(dim=-1) / want.norm(dim=-1)
+    assert (error < 0.02).all(), error
+
+
 @pytest.mark.parametrize("sequences", [(), ((0, 1),), ((0, 75),), ((0, 30), (0, 1), (0, 40))])
 def test_logits_are_the_references(model: Model, sequences: tuple[tuple[int, int], ...]) -> None:
     batch = batch_of(*sequences)
@@ -99,7 +105,7 @@ def test_logits_are_the_references(model: Model, sequences: tuple[tuple[int, int
     ours, theirs = model.caches(), model.caches()
     got = model.run(ids, rows, batch, ours)
     want = reference.run_plan(PLAN, model.weights, theirs, ids, rows, batch)
-    torch.testing.assert_close(got, want.view_as(got), rtol=2e-3, atol=2e-3)
+    assert_near(got, want.view_as(got))
 
 
 def test_batched_generation_equals_one_by_one(model: Model) -> None:
@@ -135,7 +141,7 @@ def test_a_prompt_may_come_in_pieces(model: Model) -> None:
         single = model.run(ids[at : at + 1], ints(0), piece(whole, 0, at, at + 1), by_token)
     assert torch.equal(last, single)
     at_once = model.run(ids, ints(69), whole, model.caches())  # 70 >= absorb_below: expanded
-    torch.testing.assert_close(at_once, last, rtol=2e-3, atol=2e-3)
+    assert_near(at_once, last)
 
 
 def test_library_says_what_it_is(model: Model) -> None:

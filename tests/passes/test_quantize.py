@@ -29,7 +29,7 @@ def test_roles_come_from_structure() -> None:
     assert roles["embed.weight"] == ("embedding", "bf16")
     assert roles["head.weight"] == ("head", "int8")
     assert roles["layers.0.attn.q_a.weight"] == ("linear", "int8")
-    assert roles["layers.0.attn.w_uk"] == ("latent_up", "bf16")
+    assert roles["layers.0.attn.w_uk"] == ("latent_up", "int8")
     assert roles["layers.1.mlp.router.weight"] == ("router", "fp32")
     assert roles["layers.1.mlp.router.bias"] == ("norm", "fp32")
     assert roles["layers.1.mlp.experts.gate_up"] == ("expert", "int4-g32")

@@ -10,20 +10,20 @@ namespace mill {
 // x, out [rows, 40], gate_up [6, 2 * 24, 40], down [6, 40, 24]
 //
 // 1. pack the tokens' activations, sort (token, choice) pairs by expert;
-// 2. per active expert and chunk of inner columns: gate/up product, activation, packed for step 3;
-// 3. per chunk of output columns: for active experts in rising order, down product, weighted sum.
+// 2. per active expert and step of inner columns: gate/up product, activation, packed for step 3;
+// 3. per group of output panels: for active experts in rising order, down product, weighted sum.
 // A job of step 3 owns its columns of all tokens, so sums need no atomics and have one order.
 namespace experts_e6_top2_h40_i24_int4_g32_fp8 {
 constexpr int EXPERTS = 6, TOP_K = 2, SLOTS = MAX_ROWS * TOP_K;
 constexpr int HIDDEN = 40, INTER = 24, PARTS = 2;
-constexpr int WIDEST = max(HIDDEN, INTER), TOKENS = block_tokens(WIDEST);
+constexpr int INNER_PANELS = panels(INTER), PANELS = panels(HIDDEN);
 using Up = Int4<32>;
 using Down = Fp8;
-constexpr size_t XS = (size_t)MAX_ROWS * packed(HIDDEN), INNER = (size_t)SLOTS * packed(INTER);
-constexpr size_t SHARED =
-    Scratch::sizes<float>(XS, INNER) + Scratch::sizes<int32_t>(SLOTS, EXPERTS + 1, EXPERTS + 1);
-constexpr size_t LOCAL = Scratch::sizes<float>(PANEL_ROWS * packed(WIDEST), PARTS * TOKENS * CHUNK) +
-                         Scratch::sizes<int32_t>(EXPERTS);
+constexpr size_t ROW = Up::Inputs::bytes(HIDDEN), INNER_ROW = Down::Inputs::bytes(INTER);
+constexpr int TOKENS = block_tokens(ROW > INNER_ROW ? ROW : INNER_ROW);
+constexpr size_t SHARED = Scratch::sizes<uint8_t>(MAX_ROWS * ROW, SLOTS * INNER_ROW) +
+                          Scratch::sizes<int32_t>(SLOTS, EXPERTS + 1, EXPERTS + 1);
+constexpr size_t LOCAL = PARTS * Scratch::sizes<float>(TOKENS * STEP) + Scratch::sizes<int32_t>(EXPERTS);
 
 // Counting sort: the pairs[begin[e] : begin[e + 1]] chose expert e.  active[0] experts have any;
 // active[1:] lists them.
@@ -45,68 +45,74 @@ inline void sort_by_expert(int rows, Rows<int32_t> ids, int32_t *pairs, int32_t 
 TM_NOINLINE void run(Thread &th, int rows, Rows<float> x, Rows<int32_t> ids, Rows<float> weights,
                      const void *up_q, const void *up_scale, const void *down_q,
                      const void *down_scale, Rows<float> residual, Rows<float> out) {
-  const Up up{{up_q, up_scale, PARTS * INTER, HIDDEN}};
-  const Down down{{down_q, down_scale, HIDDEN, INTER}};
   Scratch shared{th.shared}, scratch{th.local};
-  float *xs = shared.take<float>(XS), *inner = shared.take<float>(INNER);
+  uint8_t *packed = shared.take<uint8_t>(MAX_ROWS * ROW);
+  uint8_t *inner = shared.take<uint8_t>(SLOTS * INNER_ROW);
   int32_t *pairs = shared.take<int32_t>(SLOTS);
   int32_t *begin = shared.take<int32_t>(EXPERTS + 1);
   int32_t *active = shared.take<int32_t>(EXPERTS + 1);
-  float *panel = scratch.take<float>(PANEL_ROWS * packed(WIDEST));
-  float *y0 = scratch.take<float>(TOKENS * CHUNK);
-  float *y1 = scratch.take<float>(TOKENS * CHUNK);
+  float *y0 = scratch.take<float>(TOKENS * STEP);
+  float *y1 = scratch.take<float>(TOKENS * STEP);
   int32_t *next = scratch.take<int32_t>(EXPERTS);
-  const float *rows_of[TOKENS];
 
   if (th.id == 0) sort_by_expert(rows, ids, pairs, begin, active, next);
   for (int t = th.share(rows, 0); t < th.share(rows, 1); t++)
-    pack<Up>(xs + (size_t)t * packed(HIDDEN), x[t], HIDDEN);
+    Up::Inputs::pack(packed + t * ROW, x[t], HIDDEN);
   th.barrier();
 
-  const int inner_chunks = ceil_div(INTER, CHUNK), inner_jobs = active[0] * inner_chunks;
-  for (int job = th.first_job(); job < inner_jobs; job = th.next_job()) {
-    const int e = active[1 + job / inner_chunks], i0 = job % inner_chunks * CHUNK;
-    const int count = min(CHUNK, INTER - i0);
-    const Up w = up.expert(e);
+  const int inner_steps = steps(INTER);
+  for (Jobs jobs(th, active[0] * inner_steps); jobs.next();) {
+    const int e = active[1 + jobs.at / inner_steps], step = jobs.at % inner_steps;
+    const int count = min(STEP, INTER - step * STEP);
+    const Up w{expert_weight<Up>(up_q, up_scale, PARTS * INNER_PANELS, PARTS * INTER, HIDDEN, e)};
     for (int s0 = begin[e]; s0 < begin[e + 1]; s0 += TOKENS) {
       const int tokens = min(TOKENS, begin[e + 1] - s0);
-      for (int t = 0; t < tokens; t++)
-        rows_of[t] = xs + (size_t)(pairs[s0 + t] / TOP_K) * packed(HIDDEN);
-      matmul(w, 0 * INTER + i0, count, rows_of, tokens, panel, y0);
-      matmul(w, 1 * INTER + i0, count, rows_of, tokens, panel, y1);
+      const uint8_t *xs[TOKENS];
+      for (int t = 0; t < tokens; t++) xs[t] = packed + pairs[s0 + t] / TOP_K * ROW;
+      for (int half = 0; half * PANEL < count; half++) {
+        const int panel = step * (STEP / PANEL) + half;
+        product(w, PARTS * panel + 0, xs, tokens, y0 + half * PANEL, STEP);
+        product(w, PARTS * panel + 1, xs, tokens, y1 + half * PANEL, STEP);
+      }
       for (int t = 0; t < tokens; t++) {
-        alignas(64) float value[CHUNK];
+        alignas(64) float value[STEP];
         for (int i = 0; i < count; i += LANES) {
-          const vf acc0 = load(y0 + t * CHUNK + i);
-          const vf acc1 = load(y1 + t * CHUNK + i);
+          const vf acc0 = load(y0 + t * STEP + i);
+          const vf acc1 = load(y1 + t * STEP + i);
           store(value + i, silu(acc0) * acc1);
         }
-        pack<Down>(inner + (size_t)(s0 + t) * packed(INTER) + i0, value, count);
+        Down::Inputs::pack_step(inner + (s0 + t) * INNER_ROW, INTER, step, value, count);
       }
     }
   }
   th.barrier();
 
-  const int jobs = rows ? ceil_div(HIDDEN, CHUNK) : 0;
-  for (int job = th.first_job(); job < jobs; job = th.next_job()) {
-    const int n0 = job * CHUNK, count = min(CHUNK, HIDDEN - n0);
+  // Four panels at a time, so that an expert's inner activations serve more than one; fewer where
+  // threads would go idle.
+  const int group = max(1, min(4, PANELS / (2 * th.count)));
+  for (Jobs jobs(th, rows ? ceil_div(PANELS, group) : 0); jobs.next();) {
+    const int first = jobs.at * group, last = min(first + group, PANELS);
+    const int n0 = first * PANEL, width = min(last * PANEL, HIDDEN) - n0;
     for (int t = 0; t < rows; t++)
-      for (int i = 0; i < count; i += LANES)
-        store_n(out[t] + n0 + i, load_n(residual[t] + n0 + i, count - i), count - i);
+      for (int i = 0; i < width; i += LANES)
+        store_n(out[t] + n0 + i, load_n(residual[t] + n0 + i, width - i), width - i);
     for (int a = 1; a <= active[0]; a++) {
       const int e = active[a];
-      const Down w = down.expert(e);
+      const Down w{expert_weight<Down>(down_q, down_scale, PANELS, HIDDEN, INTER, e)};
       for (int s0 = begin[e]; s0 < begin[e + 1]; s0 += TOKENS) {
         const int tokens = min(TOKENS, begin[e + 1] - s0);
-        for (int t = 0; t < tokens; t++)
-          rows_of[t] = inner + (size_t)(s0 + t) * packed(INTER);
-        matmul(w, n0, count, rows_of, tokens, panel, y0);
-        for (int t = 0; t < tokens; t++) {
-          const int token = pairs[s0 + t] / TOP_K, choice = pairs[s0 + t] % TOP_K;
-          float *sum = out[token] + n0;
-          for (int i = 0; i < count; i += LANES) {
-            const vf y = weights[token][choice] * load(y0 + t * CHUNK + i);
-            store_n(sum + i, load_n(sum + i, count - i) + y, count - i);
+        const uint8_t *xs[TOKENS];
+        for (int t = 0; t < tokens; t++) xs[t] = inner + (s0 + t) * INNER_ROW;
+        for (int panel = first; panel < last; panel++) {
+          product(w, panel, xs, tokens, y0, PANEL);
+          const int count = min(PANEL, HIDDEN - panel * PANEL);
+          for (int t = 0; t < tokens; t++) {
+            const int token = pairs[s0 + t] / TOP_K, choice = pairs[s0 + t] % TOP_K;
+            float *sum = out[token] + panel * PANEL;
+            for (int i = 0; i < count; i += LANES) {
+              const vf y = weights[token][choice] * load(y0 + t * PANEL + i);
+              store_n(sum + i, load_n(sum + i, count - i) + y, count - i);
+            }
           }
         }
       }

@@ -8,37 +8,36 @@ namespace mill {
 // out[t, n] = acc0,  acc_p = w[p N + n, :] . x[t, :] + bias[p N + n]
 // x [rows, 40], w [1 * 128, 40], out [rows, 128]
 namespace linear_n128_k40_int8_bias {
-constexpr int N = 128, K = 40, PARTS = 1, TOKENS = block_tokens(K);
+constexpr int N = 128, K = 40, PARTS = 1, PANELS = panels(N);
 using W = Int8;
-constexpr size_t SHARED = 0;
-constexpr size_t LOCAL =
-    Scratch::sizes<float>(TOKENS * packed(K), PANEL_ROWS * packed(K), PARTS * TOKENS * CHUNK);
+using Inputs = W::Inputs;
+constexpr size_t ROW = Inputs::bytes(K);
+constexpr int TOKENS = block_tokens(ROW);
+constexpr size_t SHARED = Scratch::sizes<uint8_t>(MAX_ROWS * ROW);
+constexpr size_t LOCAL = Scratch::sizes<uint8_t>(ALONE_TOKENS * ROW) +
+                         PARTS * Scratch::sizes<float>(TOKENS * PANEL);
 
 TM_NOINLINE void run(Thread &th, int rows, Rows<float> x, const void *q, const void *scale,
                      const void *bias, Rows<float> out) {
   const W weight{{q, scale, PARTS * N, K}};
-  Scratch scratch{th.local};
-  float *pack_at = scratch.take<float>(TOKENS * packed(K));
-  float *panel = scratch.take<float>(PANEL_ROWS * packed(K));
-  float *y0 = scratch.take<float>(TOKENS * CHUNK);
-  const float *xs[TOKENS];
-  for (int t = 0; t < TOKENS; t++) xs[t] = pack_at + t * packed(K);
+  Scratch shared{th.shared}, scratch{th.local};
+  uint8_t *together = shared.take<uint8_t>(MAX_ROWS * ROW);
+  uint8_t *alone = scratch.take<uint8_t>(ALONE_TOKENS * ROW);
+  float *y0 = scratch.take<float>(TOKENS * PANEL);
+  const uint8_t *packed = pack_rows<Inputs>(th, x, rows, K, together, alone);
 
-  // A job is CHUNK output columns of one block of tokens; a thread packs a block when it meets it.
-  const int chunks = ceil_div(N, CHUNK), jobs = ceil_div(rows, TOKENS) * chunks;
-  int in_pack = -1;
-  for (int job = th.first_job(); job < jobs; job = th.next_job()) {
-    const int t0 = job / chunks * TOKENS, n0 = job % chunks * CHUNK;
-    const int tokens = min(TOKENS, rows - t0), count = min(CHUNK, N - n0);
-    if (in_pack != t0) {
-      for (int t = 0; t < tokens; t++) pack<W>(pack_at + t * packed(K), x[t0 + t], K);
-      in_pack = t0;
-    }
-    matmul(weight, 0 * N + n0, count, xs, tokens, panel, y0);
+  // A job is one panel of output columns for one block of tokens.
+  const int blocks = ceil_div(rows, TOKENS);
+  for (Jobs jobs(th, blocks * PANELS); jobs.next();) {
+    const int t0 = jobs.at / PANELS * TOKENS, tokens = min(TOKENS, rows - t0);
+    const int panel = jobs.at % PANELS, n0 = panel * PANEL, count = min(PANEL, N - n0);
+    const uint8_t *xs[TOKENS];
+    for (int t = 0; t < tokens; t++) xs[t] = packed + (t0 + t) * ROW;
+    product(weight, PARTS * panel + 0, xs, tokens, y0, PANEL);
     for (int t = 0; t < tokens; t++)
       for (int i = 0; i < count; i += LANES) {
         const vf bias0 = load_n((const float *)bias + 0 * N + n0 + i, count - i);
-        const vf acc0 = load(y0 + t * CHUNK + i) + bias0;
+        const vf acc0 = load(y0 + t * PANEL + i) + bias0;
         store_n(out[t0 + t] + n0 + i, acc0, count - i);
       }
   }
@@ -48,36 +47,35 @@ TM_NOINLINE void run(Thread &th, int rows, Rows<float> x, const void *q, const v
 // out[t, n] = acc0 + e0,  acc_p = w[p N + n, :] . x[t, :]
 // x [rows, 64], w [1 * 40, 64], out [rows, 40]
 namespace linear_n40_k64_bf16_fused {
-constexpr int N = 40, K = 64, PARTS = 1, TOKENS = block_tokens(K);
+constexpr int N = 40, K = 64, PARTS = 1, PANELS = panels(N);
 using W = Bf16;
-constexpr size_t SHARED = 0;
-constexpr size_t LOCAL =
-    Scratch::sizes<float>(TOKENS * packed(K), PANEL_ROWS * packed(K), PARTS * TOKENS * CHUNK);
+using Inputs = W::Inputs;
+constexpr size_t ROW = Inputs::bytes(K);
+constexpr int TOKENS = block_tokens(ROW);
+constexpr size_t SHARED = Scratch::sizes<uint8_t>(MAX_ROWS * ROW);
+constexpr size_t LOCAL = Scratch::sizes<uint8_t>(ALONE_TOKENS * ROW) +
+                         PARTS * Scratch::sizes<float>(TOKENS * PANEL);
 
 TM_NOINLINE void run(Thread &th, int rows, Rows<float> x, const void *w, Rows<float> x0,
                      Rows<float> out) {
   const W weight{{w, nullptr, PARTS * N, K}};
-  Scratch scratch{th.local};
-  float *pack_at = scratch.take<float>(TOKENS * packed(K));
-  float *panel = scratch.take<float>(PANEL_ROWS * packed(K));
-  float *y0 = scratch.take<float>(TOKENS * CHUNK);
-  const float *xs[TOKENS];
-  for (int t = 0; t < TOKENS; t++) xs[t] = pack_at + t * packed(K);
+  Scratch shared{th.shared}, scratch{th.local};
+  uint8_t *together = shared.take<uint8_t>(MAX_ROWS * ROW);
+  uint8_t *alone = scratch.take<uint8_t>(ALONE_TOKENS * ROW);
+  float *y0 = scratch.take<float>(TOKENS * PANEL);
+  const uint8_t *packed = pack_rows<Inputs>(th, x, rows, K, together, alone);
 
-  // A job is CHUNK output columns of one block of tokens; a thread packs a block when it meets it.
-  const int chunks = ceil_div(N, CHUNK), jobs = ceil_div(rows, TOKENS) * chunks;
-  int in_pack = -1;
-  for (int job = th.first_job(); job < jobs; job = th.next_job()) {
-    const int t0 = job / chunks * TOKENS, n0 = job % chunks * CHUNK;
-    const int tokens = min(TOKENS, rows - t0), count = min(CHUNK, N - n0);
-    if (in_pack != t0) {
-      for (int t = 0; t < tokens; t++) pack<W>(pack_at + t * packed(K), x[t0 + t], K);
-      in_pack = t0;
-    }
-    matmul(weight, 0 * N + n0, count, xs, tokens, panel, y0);
+  // A job is one panel of output columns for one block of tokens.
+  const int blocks = ceil_div(rows, TOKENS);
+  for (Jobs jobs(th, blocks * PANELS); jobs.next();) {
+    const int t0 = jobs.at / PANELS * TOKENS, tokens = min(TOKENS, rows - t0);
+    const int panel = jobs.at % PANELS, n0 = panel * PANEL, count = min(PANEL, N - n0);
+    const uint8_t *xs[TOKENS];
+    for (int t = 0; t < tokens; t++) xs[t] = packed + (t0 + t) * ROW;
+    product(weight, PARTS * panel + 0, xs, tokens, y0, PANEL);
     for (int t = 0; t < tokens; t++)
       for (int i = 0; i < count; i += LANES) {
-        const vf acc0 = load(y0 + t * CHUNK + i);
+        const vf acc0 = load(y0 + t * PANEL + i);
         const vf e0 = load_n(x0[t0 + t] + n0 + i, count - i);
         store_n(out[t0 + t] + n0 + i, acc0 + e0, count - i);
       }
@@ -88,36 +86,35 @@ TM_NOINLINE void run(Thread &th, int rows, Rows<float> x, const void *w, Rows<fl
 // out[t, n] = acc0,  acc_p = w[p N + n, :] . x[t, :]
 // x [rows, 40], w [1 * 60, 40], out [rows, 60]
 namespace linear_n60_k40_fp8 {
-constexpr int N = 60, K = 40, PARTS = 1, TOKENS = block_tokens(K);
+constexpr int N = 60, K = 40, PARTS = 1, PANELS = panels(N);
 using W = Fp8;
-constexpr size_t SHARED = 0;
-constexpr size_t LOCAL =
-    Scratch::sizes<float>(TOKENS * packed(K), PANEL_ROWS * packed(K), PARTS * TOKENS * CHUNK);
+using Inputs = W::Inputs;
+constexpr size_t ROW = Inputs::bytes(K);
+constexpr int TOKENS = block_tokens(ROW);
+constexpr size_t SHARED = Scratch::sizes<uint8_t>(MAX_ROWS * ROW);
+constexpr size_t LOCAL = Scratch::sizes<uint8_t>(ALONE_TOKENS * ROW) +
+                         PARTS * Scratch::sizes<float>(TOKENS * PANEL);
 
 TM_NOINLINE void run(Thread &th, int rows, Rows<float> x, const void *q, const void *scale,
                      Rows<float> out) {
   const W weight{{q, scale, PARTS * N, K}};
-  Scratch scratch{th.local};
-  float *pack_at = scratch.take<float>(TOKENS * packed(K));
-  float *panel = scratch.take<float>(PANEL_ROWS * packed(K));
-  float *y0 = scratch.take<float>(TOKENS * CHUNK);
-  const float *xs[TOKENS];
-  for (int t = 0; t < TOKENS; t++) xs[t] = pack_at + t * packed(K);
+  Scratch shared{th.shared}, scratch{th.local};
+  uint8_t *together = shared.take<uint8_t>(MAX_ROWS * ROW);
+  uint8_t *alone = scratch.take<uint8_t>(ALONE_TOKENS * ROW);
+  float *y0 = scratch.take<float>(TOKENS * PANEL);
+  const uint8_t *packed = pack_rows<Inputs>(th, x, rows, K, together, alone);
 
-  // A job is CHUNK output columns of one block of tokens; a thread packs a block when it meets it.
-  const int chunks = ceil_div(N, CHUNK), jobs = ceil_div(rows, TOKENS) * chunks;
-  int in_pack = -1;
-  for (int job = th.first_job(); job < jobs; job = th.next_job()) {
-    const int t0 = job / chunks * TOKENS, n0 = job % chunks * CHUNK;
-    const int tokens = min(TOKENS, rows - t0), count = min(CHUNK, N - n0);
-    if (in_pack != t0) {
-      for (int t = 0; t < tokens; t++) pack<W>(pack_at + t * packed(K), x[t0 + t], K);
-      in_pack = t0;
-    }
-    matmul(weight, 0 * N + n0, count, xs, tokens, panel, y0);
+  // A job is one panel of output columns for one block of tokens.
+  const int blocks = ceil_div(rows, TOKENS);
+  for (Jobs jobs(th, blocks * PANELS); jobs.next();) {
+    const int t0 = jobs.at / PANELS * TOKENS, tokens = min(TOKENS, rows - t0);
+    const int panel = jobs.at % PANELS, n0 = panel * PANEL, count = min(PANEL, N - n0);
+    const uint8_t *xs[TOKENS];
+    for (int t = 0; t < tokens; t++) xs[t] = packed + (t0 + t) * ROW;
+    product(weight, PARTS * panel + 0, xs, tokens, y0, PANEL);
     for (int t = 0; t < tokens; t++)
       for (int i = 0; i < count; i += LANES) {
-        const vf acc0 = load(y0 + t * CHUNK + i);
+        const vf acc0 = load(y0 + t * PANEL + i);
         store_n(out[t0 + t] + n0 + i, acc0, count - i);
       }
   }
@@ -127,35 +124,34 @@ TM_NOINLINE void run(Thread &th, int rows, Rows<float> x, const void *q, const v
 // out[t, n] = acc0,  acc_p = w[p N + n, :] . x[t, :]
 // x [rows, 40], w [1 * 32, 40], out [rows, 32]
 namespace linear_n32_k40_fp32 {
-constexpr int N = 32, K = 40, PARTS = 1, TOKENS = block_tokens(K);
+constexpr int N = 32, K = 40, PARTS = 1, PANELS = panels(N);
 using W = Fp32;
-constexpr size_t SHARED = 0;
-constexpr size_t LOCAL =
-    Scratch::sizes<float>(TOKENS * packed(K), PANEL_ROWS * packed(K), PARTS * TOKENS * CHUNK);
+using Inputs = W::Inputs;
+constexpr size_t ROW = Inputs::bytes(K);
+constexpr int TOKENS = block_tokens(ROW);
+constexpr size_t SHARED = Scratch::sizes<uint8_t>(MAX_ROWS * ROW);
+constexpr size_t LOCAL = Scratch::sizes<uint8_t>(ALONE_TOKENS * ROW) +
+                         PARTS * Scratch::sizes<float>(TOKENS * PANEL);
 
 TM_NOINLINE void run(Thread &th, int rows, Rows<float> x, const void *w, Rows<float> out) {
   const W weight{{w, nullptr, PARTS * N, K}};
-  Scratch scratch{th.local};
-  float *pack_at = scratch.take<float>(TOKENS * packed(K));
-  float *panel = scratch.take<float>(PANEL_ROWS * packed(K));
-  float *y0 = scratch.take<float>(TOKENS * CHUNK);
-  const float *xs[TOKENS];
-  for (int t = 0; t < TOKENS; t++) xs[t] = pack_at + t * packed(K);
+  Scratch shared{th.shared}, scratch{th.local};
+  uint8_t *together = shared.take<uint8_t>(MAX_ROWS * ROW);
+  uint8_t *alone = scratch.take<uint8_t>(ALONE_TOKENS * ROW);
+  float *y0 = scratch.take<float>(TOKENS * PANEL);
+  const uint8_t *packed = pack_rows<Inputs>(th, x, rows, K, together, alone);
 
-  // A job is CHUNK output columns of one block of tokens; a thread packs a block when it meets it.
-  const int chunks = ceil_div(N, CHUNK), jobs = ceil_div(rows, TOKENS) * chunks;
-  int in_pack = -1;
-  for (int job = th.first_job(); job < jobs; job = th.next_job()) {
-    const int t0 = job / chunks * TOKENS, n0 = job % chunks * CHUNK;
-    const int tokens = min(TOKENS, rows - t0), count = min(CHUNK, N - n0);
-    if (in_pack != t0) {
-      for (int t = 0; t < tokens; t++) pack<W>(pack_at + t * packed(K), x[t0 + t], K);
-      in_pack = t0;
-    }
-    matmul(weight, 0 * N + n0, count, xs, tokens, panel, y0);
+  // A job is one panel of output columns for one block of tokens.
+  const int blocks = ceil_div(rows, TOKENS);
+  for (Jobs jobs(th, blocks * PANELS); jobs.next();) {
+    const int t0 = jobs.at / PANELS * TOKENS, tokens = min(TOKENS, rows - t0);
+    const int panel = jobs.at % PANELS, n0 = panel * PANEL, count = min(PANEL, N - n0);
+    const uint8_t *xs[TOKENS];
+    for (int t = 0; t < tokens; t++) xs[t] = packed + (t0 + t) * ROW;
+    product(weight, PARTS * panel + 0, xs, tokens, y0, PANEL);
     for (int t = 0; t < tokens; t++)
       for (int i = 0; i < count; i += LANES) {
-        const vf acc0 = load(y0 + t * CHUNK + i);
+        const vf acc0 = load(y0 + t * PANEL + i);
         store_n(out[t0 + t] + n0 + i, acc0, count - i);
       }
   }
@@ -165,36 +161,35 @@ TM_NOINLINE void run(Thread &th, int rows, Rows<float> x, const void *w, Rows<fl
 // out[t, n] = acc0,  acc_p = w[p N + n, :] . x[t, :]
 // x [rows, 30], w [1 * 40, 30], out [rows, 40]
 namespace linear_n40_k30_int4_g32 {
-constexpr int N = 40, K = 30, PARTS = 1, TOKENS = block_tokens(K);
+constexpr int N = 40, K = 30, PARTS = 1, PANELS = panels(N);
 using W = Int4<32>;
-constexpr size_t SHARED = 0;
-constexpr size_t LOCAL =
-    Scratch::sizes<float>(TOKENS * packed(K), PANEL_ROWS * packed(K), PARTS * TOKENS * CHUNK);
+using Inputs = W::Inputs;
+constexpr size_t ROW = Inputs::bytes(K);
+constexpr int TOKENS = block_tokens(ROW);
+constexpr size_t SHARED = Scratch::sizes<uint8_t>(MAX_ROWS * ROW);
+constexpr size_t LOCAL = Scratch::sizes<uint8_t>(ALONE_TOKENS * ROW) +
+                         PARTS * Scratch::sizes<float>(TOKENS * PANEL);
 
 TM_NOINLINE void run(Thread &th, int rows, Rows<float> x, const void *q, const void *scale,
                      Rows<float> out) {
   const W weight{{q, scale, PARTS * N, K}};
-  Scratch scratch{th.local};
-  float *pack_at = scratch.take<float>(TOKENS * packed(K));
-  float *panel = scratch.take<float>(PANEL_ROWS * packed(K));
-  float *y0 = scratch.take<float>(TOKENS * CHUNK);
-  const float *xs[TOKENS];
-  for (int t = 0; t < TOKENS; t++) xs[t] = pack_at + t * packed(K);
+  Scratch shared{th.shared}, scratch{th.local};
+  uint8_t *together = shared.take<uint8_t>(MAX_ROWS * ROW);
+  uint8_t *alone = scratch.take<uint8_t>(ALONE_TOKENS * ROW);
+  float *y0 = scratch.take<float>(TOKENS * PANEL);
+  const uint8_t *packed = pack_rows<Inputs>(th, x, rows, K, together, alone);
 
-  // A job is CHUNK output columns of one block of tokens; a thread packs a block when it meets it.
-  const int chunks = ceil_div(N, CHUNK), jobs = ceil_div(rows, TOKENS) * chunks;
-  int in_pack = -1;
-  for (int job = th.first_job(); job < jobs; job = th.next_job()) {
-    const int t0 = job / chunks * TOKENS, n0 = job % chunks * CHUNK;
-    const int tokens = min(TOKENS, rows - t0), count = min(CHUNK, N - n0);
-    if (in_pack != t0) {
-      for (int t = 0; t < tokens; t++) pack<W>(pack_at + t * packed(K), x[t0 + t], K);
-      in_pack = t0;
-    }
-    matmul(weight, 0 * N + n0, count, xs, tokens, panel, y0);
+  // A job is one panel of output columns for one block of tokens.
+  const int blocks = ceil_div(rows, TOKENS);
+  for (Jobs jobs(th, blocks * PANELS); jobs.next();) {
+    const int t0 = jobs.at / PANELS * TOKENS, tokens = min(TOKENS, rows - t0);
+    const int panel = jobs.at % PANELS, n0 = panel * PANEL, count = min(PANEL, N - n0);
+    const uint8_t *xs[TOKENS];
+    for (int t = 0; t < tokens; t++) xs[t] = packed + (t0 + t) * ROW;
+    product(weight, PARTS * panel + 0, xs, tokens, y0, PANEL);
     for (int t = 0; t < tokens; t++)
       for (int i = 0; i < count; i += LANES) {
-        const vf acc0 = load(y0 + t * CHUNK + i);
+        const vf acc0 = load(y0 + t * PANEL + i);
         store_n(out[t0 + t] + n0 + i, acc0, count - i);
       }
   }
@@ -204,35 +199,34 @@ TM_NOINLINE void run(Thread &th, int rows, Rows<float> x, const void *q, const v
 // out[t, n] = acc0,  acc_p = w[p N + n, :] . x[t, :]
 // x [rows, 40], w [1 * 6, 40], out [rows, 6]
 namespace linear_n6_k40_fp32 {
-constexpr int N = 6, K = 40, PARTS = 1, TOKENS = block_tokens(K);
+constexpr int N = 6, K = 40, PARTS = 1, PANELS = panels(N);
 using W = Fp32;
-constexpr size_t SHARED = 0;
-constexpr size_t LOCAL =
-    Scratch::sizes<float>(TOKENS * packed(K), PANEL_ROWS * packed(K), PARTS * TOKENS * CHUNK);
+using Inputs = W::Inputs;
+constexpr size_t ROW = Inputs::bytes(K);
+constexpr int TOKENS = block_tokens(ROW);
+constexpr size_t SHARED = Scratch::sizes<uint8_t>(MAX_ROWS * ROW);
+constexpr size_t LOCAL = Scratch::sizes<uint8_t>(ALONE_TOKENS * ROW) +
+                         PARTS * Scratch::sizes<float>(TOKENS * PANEL);
 
 TM_NOINLINE void run(Thread &th, int rows, Rows<float> x, const void *w, Rows<float> out) {
   const W weight{{w, nullptr, PARTS * N, K}};
-  Scratch scratch{th.local};
-  float *pack_at = scratch.take<float>(TOKENS * packed(K));
-  float *panel = scratch.take<float>(PANEL_ROWS * packed(K));
-  float *y0 = scratch.take<float>(TOKENS * CHUNK);
-  const float *xs[TOKENS];
-  for (int t = 0; t < TOKENS; t++) xs[t] = pack_at + t * packed(K);
+  Scratch shared{th.shared}, scratch{th.local};
+  uint8_t *together = shared.take<uint8_t>(MAX_ROWS * ROW);
+  uint8_t *alone = scratch.take<uint8_t>(ALONE_TOKENS * ROW);
+  float *y0 = scratch.take<float>(TOKENS * PANEL);
+  const uint8_t *packed = pack_rows<Inputs>(th, x, rows, K, together, alone);
 
-  // A job is CHUNK output columns of one block of tokens; a thread packs a block when it meets it.
-  const int chunks = ceil_div(N, CHUNK), jobs = ceil_div(rows, TOKENS) * chunks;
-  int in_pack = -1;
-  for (int job = th.first_job(); job < jobs; job = th.next_job()) {
-    const int t0 = job / chunks * TOKENS, n0 = job % chunks * CHUNK;
-    const int tokens = min(TOKENS, rows - t0), count = min(CHUNK, N - n0);
-    if (in_pack != t0) {
-      for (int t = 0; t < tokens; t++) pack<W>(pack_at + t * packed(K), x[t0 + t], K);
-      in_pack = t0;
-    }
-    matmul(weight, 0 * N + n0, count, xs, tokens, panel, y0);
+  // A job is one panel of output columns for one block of tokens.
+  const int blocks = ceil_div(rows, TOKENS);
+  for (Jobs jobs(th, blocks * PANELS); jobs.next();) {
+    const int t0 = jobs.at / PANELS * TOKENS, tokens = min(TOKENS, rows - t0);
+    const int panel = jobs.at % PANELS, n0 = panel * PANEL, count = min(PANEL, N - n0);
+    const uint8_t *xs[TOKENS];
+    for (int t = 0; t < tokens; t++) xs[t] = packed + (t0 + t) * ROW;
+    product(weight, PARTS * panel + 0, xs, tokens, y0, PANEL);
     for (int t = 0; t < tokens; t++)
       for (int i = 0; i < count; i += LANES) {
-        const vf acc0 = load(y0 + t * CHUNK + i);
+        const vf acc0 = load(y0 + t * PANEL + i);
         store_n(out[t0 + t] + n0 + i, acc0, count - i);
       }
   }
@@ -242,36 +236,35 @@ TM_NOINLINE void run(Thread &th, int rows, Rows<float> x, const void *w, Rows<fl
 // out[t, n] = acc0,  acc_p = w[p N + n, :] . x[t, :]
 // x [rows, 40], w [1 * 50, 40], out [rows, 50]
 namespace linear_n50_k40_int8 {
-constexpr int N = 50, K = 40, PARTS = 1, TOKENS = block_tokens(K);
+constexpr int N = 50, K = 40, PARTS = 1, PANELS = panels(N);
 using W = Int8;
-constexpr size_t SHARED = 0;
-constexpr size_t LOCAL =
-    Scratch::sizes<float>(TOKENS * packed(K), PANEL_ROWS * packed(K), PARTS * TOKENS * CHUNK);
+using Inputs = W::Inputs;
+constexpr size_t ROW = Inputs::bytes(K);
+constexpr int TOKENS = block_tokens(ROW);
+constexpr size_t SHARED = Scratch::sizes<uint8_t>(MAX_ROWS * ROW);
+constexpr size_t LOCAL = Scratch::sizes<uint8_t>(ALONE_TOKENS * ROW) +
+                         PARTS * Scratch::sizes<float>(TOKENS * PANEL);
 
 TM_NOINLINE void run(Thread &th, int rows, Rows<float> x, const void *q, const void *scale,
                      Rows<float> out) {
   const W weight{{q, scale, PARTS * N, K}};
-  Scratch scratch{th.local};
-  float *pack_at = scratch.take<float>(TOKENS * packed(K));
-  float *panel = scratch.take<float>(PANEL_ROWS * packed(K));
-  float *y0 = scratch.take<float>(TOKENS * CHUNK);
-  const float *xs[TOKENS];
-  for (int t = 0; t < TOKENS; t++) xs[t] = pack_at + t * packed(K);
+  Scratch shared{th.shared}, scratch{th.local};
+  uint8_t *together = shared.take<uint8_t>(MAX_ROWS * ROW);
+  uint8_t *alone = scratch.take<uint8_t>(ALONE_TOKENS * ROW);
+  float *y0 = scratch.take<float>(TOKENS * PANEL);
+  const uint8_t *packed = pack_rows<Inputs>(th, x, rows, K, together, alone);
 
-  // A job is CHUNK output columns of one block of tokens; a thread packs a block when it meets it.
-  const int chunks = ceil_div(N, CHUNK), jobs = ceil_div(rows, TOKENS) * chunks;
-  int in_pack = -1;
-  for (int job = th.first_job(); job < jobs; job = th.next_job()) {
-    const int t0 = job / chunks * TOKENS, n0 = job % chunks * CHUNK;
-    const int tokens = min(TOKENS, rows - t0), count = min(CHUNK, N - n0);
-    if (in_pack != t0) {
-      for (int t = 0; t < tokens; t++) pack<W>(pack_at + t * packed(K), x[t0 + t], K);
-      in_pack = t0;
-    }
-    matmul(weight, 0 * N + n0, count, xs, tokens, panel, y0);
+  // A job is one panel of output columns for one block of tokens.
+  const int blocks = ceil_div(rows, TOKENS);
+  for (Jobs jobs(th, blocks * PANELS); jobs.next();) {
+    const int t0 = jobs.at / PANELS * TOKENS, tokens = min(TOKENS, rows - t0);
+    const int panel = jobs.at % PANELS, n0 = panel * PANEL, count = min(PANEL, N - n0);
+    const uint8_t *xs[TOKENS];
+    for (int t = 0; t < tokens; t++) xs[t] = packed + (t0 + t) * ROW;
+    product(weight, PARTS * panel + 0, xs, tokens, y0, PANEL);
     for (int t = 0; t < tokens; t++)
       for (int i = 0; i < count; i += LANES) {
-        const vf acc0 = load(y0 + t * CHUNK + i);
+        const vf acc0 = load(y0 + t * PANEL + i);
         store_n(out[t0 + t] + n0 + i, acc0, count - i);
       }
   }
