@@ -218,6 +218,16 @@ TM_INLINE float inverse_total(float peak, float total, float sink) {
 
 // --- one block --------------------------------------------------------------------------------------
 
+// Memory that is read next, fetched line by line while arithmetic leaves the bus idle: more at a time would
+// be dropped, as a core keeps few in flight.
+struct Ahead {
+  const uint8_t *at = nullptr, *end = nullptr;
+  TM_INLINE void fetch() {
+    prefetch(at, 64);
+    at += at < end ? 64 : 0;
+  }
+};
+
 struct Block {
   const uint8_t *q;                            // a panel of 16 query rows
   const uint8_t *const *keys, *const *values;  // rows; one more than `count` if that is odd
@@ -226,6 +236,7 @@ struct Block {
   const float *newest;                         // [16] the last key in the block that a row sees
   float scale, softcap;
   int window;
+  Ahead *ahead = nullptr;  // rows of a later block
 };
 
 struct BlockScratch {
@@ -288,8 +299,12 @@ TM_NOINLINE void mix_tile(const Block &b, const BlockScratch &scratch, int colum
                           const Partial &to, bool fresh) {
   Sums<T> sums = {};
   const uint8_t *p = scratch.p + r * 4;
-  for (int j = 0; j < b.count; j += Math::UNIT, p += PANEL * 4)
+  Ahead ahead = b.ahead ? *b.ahead : Ahead{};
+  for (int j = 0; j < b.count; j += Math::UNIT, p += PANEL * 4) {
+    ahead.fetch();
     Math::template mix<T>(sums, b.values + j, column, p);
+  }
+  if (b.ahead) *b.ahead = ahead;
   TM_UNROLL for (int t = 0; t < T; t++)
     if (t < rows)
       TM_UNROLL for (int half = 0; half < 2; half++)

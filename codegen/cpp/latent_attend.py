@@ -163,9 +163,14 @@ struct Call {
       fetch(tile.sequence, base, count, latents);
       for (int r = 0; r < PANELS * PANEL; r++)
         newest[r] = (float)(p0 + min(r / HEADS, tile.tokens - 1) - base);
+      Ahead ahead;
+      if (at + 1 < end) {
+        ahead.at = cache_row(a, cache, ROW_BYTES, tile.sequence, base + KEYS);
+        ahead.end = ahead.at + KEYS * ROW_BYTES;
+      }
       for (int r = 0; r < rows; r += PANEL)
         attend_block<Math>({panel + r * ROW, latents.at, latents.at, WIDTH, LATENT, count,
-                            min(PANEL, rows - r), newest + r, SCALE, 0.0f, 0},
+                            min(PANEL, rows - r), newest + r, SCALE, 0.0f, 0, &ahead},
                            space, result.row(r), true);
     });
   }
