@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -44,6 +45,6 @@ class Batch(NamedTuple):
             ids=np.array([i for ids, _, _ in chunks for i in ids], np.int32),
             positions=np.array([p for span in spans for p in span], np.int32),
             rows=np.array(rows, np.int32),
-            starts=np.cumsum([0, *counts], dtype=np.int32),
+            starts=np.array([0, *accumulate(counts)], np.int32),
             block_table=table,
         )

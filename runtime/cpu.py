@@ -82,6 +82,12 @@ class CpuExecutor:
             _pointers(self._caches),
         )
         self._pool = c_void_p(self._library.tm_pool_create(self.threads))
+        self._arguments = _Args(
+            weights=self._tables[0].ctypes.data,
+            caches=self._tables[1].ctypes.data,
+            arena=self._arena.bytes.ctypes.data,
+            workspace=self._workspace.ctypes.data,
+        )
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """Logits ``[rows, vocab]`` of the batch, a view that is valid until the next run.
@@ -129,21 +135,17 @@ class CpuExecutor:
         self.close()
 
     def _args(self, batch: Batch) -> _Args:
-        return _Args(
-            tokens=batch.ids.size,
-            sequences=batch.starts.size - 1,
-            rows=batch.rows.size,
-            table_stride=batch.block_table.shape[1],
-            ids=batch.ids.ctypes.data,
-            positions=batch.positions.ctypes.data,
-            row_index=batch.rows.ctypes.data,
-            starts=batch.starts.ctypes.data,
-            block_table=batch.block_table.ctypes.data,
-            weights=self._tables[0].ctypes.data,
-            caches=self._tables[1].ctypes.data,
-            arena=self._arena.bytes.ctypes.data,
-            workspace=self._workspace.ctypes.data,
-        )
+        args = self._arguments
+        args.tokens = batch.ids.size
+        args.sequences = batch.starts.size - 1
+        args.rows = batch.rows.size
+        args.table_stride = batch.block_table.shape[1]
+        args.ids = batch.ids.ctypes.data
+        args.positions = batch.positions.ctypes.data
+        args.row_index = batch.rows.ctypes.data
+        args.starts = batch.starts.ctypes.data
+        args.block_table = batch.block_table.ctypes.data
+        return args
 
     def _run_kernels(self, args: _Args, steps: range) -> None:
         code = self._library.tm_run(self._pool, ctypes.byref(args), steps.start, steps.stop)

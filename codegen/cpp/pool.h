@@ -147,13 +147,13 @@ inline void run_as(Pool *pool, int id) {
   pool->program(th, pool->first, pool->last);
 }
 
-// Wait for the next run: spin, then yield, then sleep.
+// Wait for the next run: spin, then yield for as long as it takes to choose a token, then sleep.
 inline int32_t next_epoch(Pool *pool, int32_t seen) {
   for (int i = 0; i < 8 * SPINS; i++) {
     if (peek(pool->epoch) != seen) return peek(pool->epoch);
     pause();
   }
-  for (int i = 0; i < 64; i++) {
+  for (int i = 0; i < 2 * SPINS; i++) {
     if (peek(pool->epoch) != seen) return peek(pool->epoch);
     sched_yield();
   }
