@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -25,6 +24,7 @@ import numpy as np
 import tokenmill
 import torch
 from tokenmill.api import original
+from tokenmill.bench import ReadBandwidth, hardware
 from tokenmill.evaluate import evaluate
 from tokenmill.runtime.cpu import available_cores
 from tokenmill.units import size
@@ -61,7 +61,8 @@ def main() -> None:
             sessions[name] = stack.enter_context(tokenmill.load(path))
             rows[name] = sizes(facts) | evaluate(sessions[name], text, eager) | first_token(path)
         rows[EAGER]["bits_per_byte"] = rows["fp32, fp32"]["original_bits_per_byte"]
-        bandwidth = read_bandwidth()
+        with ReadBandwidth(available_cores()) as memory:
+            bandwidth = 1e9 * statistics.median(memory.measure() for _ in range(ROUNDS))
         for name, seconds in decode_seconds(sessions, eager).items():
             rows[name] |= speed(seconds, rows[name], bandwidth)
     for row in rows.values():
@@ -71,8 +72,7 @@ def main() -> None:
         result = {
             "benchmark": "bundled model: quality, and decoding of one sequence",
             "date": datetime.date.today().isoformat(),
-            "hardware": processor(),
-            "cores": available_cores(),
+            "hardware": hardware(),
             "read_bandwidth_gb_s": round(bandwidth / 1e9, 1),
             "context": CONTEXT,
             "held_out_characters": len(text),
@@ -134,17 +134,6 @@ def speed(seconds: list[float], row: dict[str, Any], bandwidth: float) -> dict[s
     return found
 
 
-def read_bandwidth(bytes_: int = 1 << 28, rounds: int = 5) -> float:
-    """Bytes per second of summing an array far larger than the caches, best of a few rounds."""
-    data = torch.ones(bytes_ // 4)
-    best = float("inf")
-    for _ in range(rounds):
-        start = time.perf_counter()
-        data.sum()
-        best = min(best, time.perf_counter() - start)
-    return bytes_ / best
-
-
 def show(rows: dict[str, dict[str, Any]]) -> None:
     """A table in Markdown."""
     columns = {
@@ -164,16 +153,6 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
     for line in cells:
         padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
         print(f"| {' | '.join(padded)} |")
-
-
-def processor() -> str:
-    """The processor's name, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 if __name__ == "__main__":

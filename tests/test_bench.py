@@ -13,7 +13,7 @@ import torch
 from tokenmill import bench
 from tokenmill.cli import app
 from tokenmill.errors import BadRequest, MissingExtra, PromptTooLong
-from tokenmill.runtime import Session
+from tokenmill.runtime import Artifact, Session
 from tokenmill.runtime.layout import Layout
 from typer.testing import CliRunner, Result
 
@@ -28,6 +28,31 @@ def _small_reads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _run(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["bench", *map(str, arguments)], prog_name="tokenmill")
+
+
+# --- kernel by kernel ---------------------------------------------------------------------------
+
+
+def test_every_step_of_the_plan_is_timed_under_its_kernel(int4_artifact: Path) -> None:
+    result = _run(int4_artifact, "--steps", "--prompt", 24, "--threads", 1, "--json")
+    assert result.exit_code == 0, result.output
+    plan = Artifact.open(int4_artifact).plan
+    for phase, tokens in (("prefill", 24), ("decode", 1)):
+        kernels = json.loads(result.stdout)[phase]
+        assert sum(kernel["calls"] for kernel in kernels) == len(plan["steps"])
+        assert [k["seconds"] for k in kernels] == sorted(
+            (k["seconds"] for k in kernels), reverse=True
+        )
+        assert all(kernel["seconds"] > 0 for kernel in kernels)
+        weights = bench.step_bytes(plan, tokens, 24)["weights"]
+        assert sum(kernel["weight_bytes"] for kernel in kernels) == pytest.approx(weights, rel=0.01)
+
+
+def test_people_get_a_table_of_kernels(int4_artifact: Path) -> None:
+    shown = _run(int4_artifact, "--steps", "--prompt", 8, "--threads", 1).output
+    assert "prefill, " in shown
+    assert "decode, " in shown
+    assert "latent_attend" in shown
 
 
 # --- the answer -----------------------------------------------------------------------------------

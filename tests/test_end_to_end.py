@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,8 +17,9 @@ import tokenmill
 import torch
 from tokenmill import Recipe, Session
 from tokenmill.api import optimize, original, verify
+from tokenmill.codegen.cpp.target import cpu_features, host_target, parse_target
 from tokenmill.evaluate import evaluate, windows
-from tokenmill.runtime import Artifact
+from tokenmill.runtime import Artifact, cpu
 
 EVALUATED = 12_000  # characters of held-out text
 
@@ -201,6 +203,26 @@ def test_two_builds_are_the_same_bytes(
 def test_kernels_come_from_the_plan(artifact: Callable[[str], Path]) -> None:
     found = verify(artifact("int4"))
     assert found["reproducible"], found["differing"]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="x86 targets")
+def test_one_artifact_serves_several_instruction_sets(
+    tiny_deepseek: Path, heldout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best that a machine runs is chosen at load; in fp32, whichever it is writes the same text."""
+    here = cpu_features()
+    names = dict.fromkeys(("cpu-x86-64", "cpu-x86-64-v3", host_target().name))
+    targets = [t for t in map(parse_target, names) if here.issuperset(t.features)]
+    recipe = Recipe(weights="fp32", kv="fp32", targets=[t.name for t in targets])
+    optimize(tiny_deepseek, tmp_path / "many", recipe=recipe)
+    texts = set()
+    for target in targets:
+        monkeypatch.setattr(cpu, "cpu_features", lambda t=target: frozenset(t.features))
+        with Session(tmp_path / "many") as session:
+            assert cpu.choose_target(session.artifact.targets).name == target.name
+            (made,) = session.generate([heldout[:200]], max_new_tokens=24)
+            texts.add(made.text)
+    assert len(texts) == 1
 
 
 def test_checked_compile_reports_errors(tiny_qwen3_moe: Path, tmp_path: Path) -> None:

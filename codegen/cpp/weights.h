@@ -66,9 +66,10 @@ struct Int8Inputs {
     for (int j = 0; j < PARTS; j++) {
       part[j] = j * LANES < n ? load_n(x + j * LANES, n - j * LANES) : vf{};
       const vf size = abs(part[j]);
-      peak = size > peak ? size : peak;
+      peak = select((size > peak) | (size != size), size, peak);
     }
-    float scale = highest(peak) / 127.0f;
+    // What is not finite makes NaN of all that it is summed with.
+    float scale = highest(peak) / 127.0f + ::mill::sum(peak - peak);
     scale = scale < 1.17549435e-38f ? 0.0f : scale;
     const float inverse = scale == 0.0f ? 1.0f : 1.0f / scale;
     vi sum = {};

@@ -344,6 +344,19 @@ def test_all_tokens_on_the_same_experts(kernels: Kernels, spec: Experts, tokens:
     assert_close(spec, got, kernels.expected(spec, batch, inputs)["out"])
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("spec", LINEARS[:7], ids=str)
+def test_what_is_not_finite_stays_so_in_its_row(kernels: Kernels, spec: Linear, bad: float) -> None:
+    """Rounding activations must not turn it into a number."""
+    batch = batch_of((0, 3))
+    inputs = inputs_of(kernels, spec, batch)
+    whole = kernels.run(spec, batch, inputs)["out"]
+    inputs["x"][1, 7] = bad
+    got = kernels.run(spec, batch, inputs)["out"]
+    assert not got[1].isfinite().any()
+    assert torch.equal(got[[0, 2]], whole[[0, 2]])
+
+
 def test_weights_of_idle_experts_are_not_read(kernels: Kernels) -> None:
     """Idle experts hold NaN; a kernel that multiplied by zero would show it."""
     spec = EXPERTS[1]
