@@ -315,7 +315,13 @@ def test_an_interrupted_run_leaves_nothing(
 ) -> None:
     command = [sys.executable, "-c", "from tokenmill.cli import main; main()"]
     arguments = ["optimize", str(tiny_deepseek), "-o", str(tmp_path / "out")]
-    process = subprocess.Popen(command + arguments, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command + arguments,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A job in the background of a shell starts with Ctrl-C ignored, and hands that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while not list(tmp_path.iterdir()) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)  # until the artifact is being written
