@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,21 +16,20 @@ from . import __version__
 from .capture.checkpoint import Checkpoint, open_checkpoint
 from .capture.huggingface import capture_pretrained
 from .capture.module import capture
-from .codegen import emit
-from .codegen.build import build_cpu, toolchain
-from .codegen.cpp.target import CpuTarget, parse_target
+from .codegen import build, emit, parse_target, toolchain
 from .errors import BadRequest, BadWeight
 from .facts import Recorder
-from .ir import plan as plans
-from .ir.plan import Capacity, Plan
+from .ir.plan import Capacity, Device, Plan, dump
+from .ir.plan import load as load_plan
 from .ir.program import Program
 from .passes.lower import lower
 from .passes.memory import memory
+from .passes.narrow import narrow
 from .passes.pipeline import check_capture, eager_samples, pipeline, run_passes
 from .recipe import Recipe
 from .report import render
 from .runtime import Artifact, Session
-from .runtime.artifact import ArtifactWriter, Target, TensorSpec, check_output
+from .runtime.artifact import PLANS, ArtifactWriter, Target, TensorSpec, check_output
 
 
 class Progress(Protocol):
@@ -47,7 +46,7 @@ class Compiled:
     stage, ``path`` where the artifact was written.
     """
 
-    plan: Plan
+    plans: dict[Device, Plan]
     facts: dict[str, Any]
     sources: dict[str, str] = field(repr=False)
     graphs: dict[str, str] = field(repr=False)
@@ -81,7 +80,7 @@ def optimize(
         raise BadRequest(reason="no output directory", advice="pass output=, or dry_run=True")
     if output is not None and not dry_run:
         check_output(output, force)
-        tools = {t.name: toolchain(t.machine) for t in targets}  # none is missing, before the work
+        tools = {t.name: toolchain(t) for t in targets}  # none is missing, before the work
     say = progress or (lambda what, done, total: None)
 
     say("capture", 0, 1)
@@ -104,25 +103,34 @@ def optimize(
         say("passes", len(recorder.passes), 1 + len(passes))
 
     run_passes(program, passes, check=check, observe=observe)
-    plan = memory(lower(program, Capacity(recipe.max_step_tokens, recipe.max_step_rows)))
+    capacity = Capacity(recipe.max_step_tokens, recipe.max_step_rows)
+    plans = {
+        device: _plan(program, capacity, device)
+        for device in dict.fromkeys(t.device for t in targets)
+    }
 
     say("kernels", 0, 1)
-    sources = {t.name: emit(plan, t.name) for t in targets}
+    sources = {t.name: emit(plans[t.device], t.name) for t in targets}
     say("kernels", 1, 1)
-    facts = recorder.facts(program, plan, passes, recipe, [t.name for t in targets])
+    facts = recorder.facts(program, plans, passes, recipe, [t.name for t in targets])
     flat = {f"kernels/{t}/{n}": text for t, files in sources.items() for n, text in files.items()}
     if dry_run:
-        return Compiled(plan, facts, flat, recorder.graphs)
+        return Compiled(plans, facts, flat, recorder.graphs)
 
     assert output is not None
     with ArtifactWriter(output, force) as writer:
-        libraries = _build(sources, targets, say)
+        facts["binaries"] = {}
+        for target in targets:
+            built = build(sources[target.name], target, say)
+            for name, data in built.files.items():
+                writer.bytes(f"kernels/{target.name}/{name}", data)
+            if built.facts:
+                facts["binaries"][target.name] = built.facts
         for name, text in flat.items():
             writer.text(name, text)
-        for target, library in libraries.items():
-            writer.bytes(f"kernels/{target}/step.so", library)
-        writer.json("plan.json", plans.dump(plan))
-        _write_weights(writer, program, plan, say)
+        for device, plan in plans.items():
+            writer.json(PLANS[device], dump(plan))
+        _write_weights(writer, program, plans.values(), say)
         for stage, text in recorder.graphs.items():
             writer.text(f"graphs/{stage}.txt", text)
         for file in checkpoint.tokenizer_files if checkpoint else []:
@@ -137,7 +145,7 @@ def optimize(
             recipe=recipe.dump(),
             report=_timeless(facts),
         )
-    return Compiled(plan, facts, flat, recorder.graphs, Path(output))
+    return Compiled(plans, facts, flat, recorder.graphs, Path(output))
 
 
 def load(path: str | os.PathLike[str], **options: Any) -> Session:
@@ -151,10 +159,10 @@ def verify(path: str | os.PathLike[str]) -> dict[str, Any]:
     ``reproducible`` is False if this version of tokenmill emits other text than the one that built it.
     """
     artifact = Artifact.open(path)
-    plan = plans.load(artifact.plan)
+    plans = {d: load_plan(artifact.json(PLANS[d])) for d in {t.device for t in artifact.targets}}
     differing: list[str] = []
     for target in artifact.targets:
-        for name, text in emit(plan, target.name).items():
+        for name, text in emit(plans[target.device], target.name).items():
             file = artifact.path / target.directory / name
             if not file.is_file() or file.read_text() != text:
                 differing.append(f"{target.directory}/{name}")
@@ -201,24 +209,17 @@ def _timeless(facts: dict[str, Any]) -> dict[str, Any]:
     return {**facts, "passes": [{**p, "seconds": None} for p in facts["passes"]]}
 
 
-def _build(
-    sources: Mapping[str, dict[str, str]], targets: list[CpuTarget], say: Callable[..., None]
-) -> dict[str, bytes]:
-    built = {}
-    for i, target in enumerate(targets):
-        say("build", i, len(targets))
-        built[target.name] = build_cpu(sources[target.name], target)
-        say("build", i + 1, len(targets))
-    return built
+def _plan(program: Program, capacity: Capacity, device: Device) -> Plan:
+    plan = lower(program, capacity, device)
+    return memory(plan if device == "cpu" else narrow(plan))
 
 
 def _write_weights(
-    writer: ArtifactWriter, program: Program, plan: Plan, say: Callable[..., None]
+    writer: ArtifactWriter, program: Program, plans: Iterable[Plan], say: Callable[..., None]
 ) -> None:
-    """Stream the plan's weights to disk, one at a time."""
-    index = [
-        TensorSpec(b.name, b.dtype, b.shape) for b in plan.buffers.values() if b.kind == "weight"
-    ]
+    """Stream the plans' weights to disk, one at a time; what both read is there once."""
+    buffers = [b for plan in plans for b in plan.buffers.values() if b.kind == "weight"]
+    index = list(dict.fromkeys(TensorSpec(b.name, b.dtype, b.shape) for b in buffers))
 
     def data() -> Any:
         for i, spec in enumerate(index):

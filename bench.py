@@ -102,7 +102,8 @@ def bench(
         works["batched"] = Workload.draw(layout, batch, prompt, tokens)
     rounds = _Rounds(repeat, progress)
     cache_tokens = max(work.cache_tokens for work in works.values())
-    with Session(artifact, threads, cache_tokens) as session, ReadBandwidth(threads) as bandwidth:
+    opened = Session(artifact, threads, cache_tokens, device="cpu")
+    with opened as session, ReadBandwidth(threads) as bandwidth:
         contenders: dict[str, Contender] = {"ours": _Artifact(session)}
         if against is not None:
             contenders["eager"] = Eager(against, layout.vocab, threads, trust_remote_code)
@@ -440,7 +441,7 @@ def _fresh_process(
 def report_fresh(directory: str, prompt: str, tokens: str, threads: str) -> None:
     """The fresh process: prints the times of what it does (time.time) and its peak memory as JSON."""
     times = {"called": time.time()}
-    with Session(directory, int(threads)) as session:
+    with Session(directory, int(threads), device="cpu") as session:
         times["opened"] = time.time()
         ids = np.random.default_rng(SEED).integers(session.vocab, size=SHORT_PROMPT)
         session.generate([ids.tolist()], max_new_tokens=1)

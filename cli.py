@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -37,6 +37,10 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Dir = Annotated[Path, typer.Argument(metavar="DIR", help="An artifact that `optimize` wrote.")]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"],
+    typer.Option(help="Where it runs; auto: on a GPU if there is one that it was compiled for."),
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
 ]
@@ -67,7 +71,10 @@ def optimize(
     ] = None,
     target: Annotated[
         list[str] | None,
-        typer.Option(help="What to compile for; repeatable. Default: cpu, this machine."),
+        typer.Option(
+            help="What to compile for: cpu (this machine), sm_80, sm_89, sm_90, sm_100, sm_120, "
+            "cpu-x86-64-v3, ...; repeatable. Default: cpu."
+        ),
     ] = None,
     weights: Annotated[
         str | None,
@@ -142,6 +149,7 @@ def run(
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this text; repeatable.")
     ] = None,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Continue a text with the artifact DIR.
@@ -160,7 +168,7 @@ def run(
             "seed": seed,
             "stop": stop or (),
         }
-        with Session(directory) as session:
+        with Session(directory, device=device) as session:
             if as_json:
                 answer.data = asdict(session.generate(prompt, **how)[0])
                 return
@@ -182,6 +190,7 @@ def eval_(
     ] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens that are run together.")] = 512,
     stride: Annotated[int, typer.Option(min=1, help="Tokens from one window to the next.")] = 256,
+    device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -195,7 +204,7 @@ def eval_(
         from .runtime import Session
 
         words = read_text(text)
-        with Session(directory) as session, progress_bar() as progress:
+        with Session(directory, device=device) as session, progress_bar() as progress:
             original = None
             if against is not None:
                 from . import api

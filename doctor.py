@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.table import Table
 
-from .codegen import build
+from .codegen.cpp import build
 from .codegen.cpp.target import host_target
 from .errors import TokenmillError
 from .runtime.cpu import available_cores
@@ -27,7 +27,8 @@ EXTRAS = {
     CORE: "everything",
     "hf": "Hugging Face checkpoints and text",
     "onnx": "ONNX export",
-    "cuda": "NVIDIA GPUs",
+    "triton": "compiling for NVIDIA GPUs",
+    "cuda": "running on NVIDIA GPUs",
     "dev": "working on tokenmill",
 }
 

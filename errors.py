@@ -134,6 +134,19 @@ class BuildFailed(TokenmillError):
     remedy = "check `tokenmill doctor`; if the compiler is current, report this"
 
 
+class KernelBuildFailed(BuildFailed):
+    what = "Triton failed on {function} in {file} for {target}:\n{log}"
+    remedy = (
+        "if it cannot write its cache, set TRITON_CACHE_DIR to a directory; else, if `tokenmill doctor` "
+        "shows a current Triton, report this"
+    )
+
+
+class KernelTooLarge(TokenmillError):
+    what = "kernel {function} needs {need}; {target} has {limit}\n  constants: {constants}"
+    remedy = "choose another target, or report this: these tiles do not suit the architecture"
+
+
 class OutputExists(TokenmillError):
     what = "{path!r} exists already"
     remedy = "choose another directory, or pass --force to replace it"
@@ -170,6 +183,24 @@ class ArtifactTooNew(TokenmillError):
 class ForeignTarget(TokenmillError):
     what = "the artifact's kernels ({targets}) do not run here: {reason}"
     remedy = "rebuild on or for this machine: tokenmill optimize MODEL --target {target}"
+
+
+class NoGpu(TokenmillError):
+    what = "no NVIDIA GPU can be used: {reason}"
+    remedy = "{advice}"
+
+
+class DriverTooOld(TokenmillError):
+    what = "the NVIDIA driver knows CUDA {found}, and the artifact's kernels need {needed}"
+    remedy = "update the driver, or rebuild with a Triton whose ptxas is of CUDA {found}"
+
+
+class GpuMemoryShort(TokenmillError):
+    what = "{name} has {free:.2f} GB free, and {needed:.2f} GB are needed ({parts})"
+    remedy = (
+        "pass a smaller cache_tokens, free memory that other programs hold, or compile to smaller "
+        "weights (--weights int8 or int4)"
+    )
 
 
 class KernelFailed(TokenmillError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx
@@ -13,7 +13,7 @@ from .capture.checkpoint import Checkpoint
 from .codegen.cpp.emit import EMITTERS
 from .ir import cache as kv
 from .ir import plan as plans
-from .ir.plan import DTYPE_BYTES, Experts, Plan
+from .ir.plan import DTYPE_BYTES, Device, Experts, Plan
 from .ir.program import Program, Stage, module_path, shape
 from .passes.base import Pass, calls, mill
 from .passes.pipeline import PassResult
@@ -57,18 +57,22 @@ class Recorder:
     def facts(
         self,
         program: Program,
-        plan: Plan,
+        plans: Mapping[Device, Plan],
         passes: Sequence[Pass],
         recipe: Recipe,
         targets: list[str],
     ) -> dict[str, Any]:
         """Everything the report says; see README for the meaning of each key."""
+        plan = next(iter(plans.values()))
+        weights = {
+            device: sum(_bytes(b) for b in p.buffers.values() if b.kind == "weight")
+            for device, p in plans.items()
+        }
         decisions = next((p.decisions for p in passes if isinstance(p, Quantize)), [])
         share: Counter[str] = Counter()
         for d in decisions:
             share[d.format] += d.parameters
         total = sum(share.values())
-        weights = sum(_bytes(b) for b in plan.buffers.values() if b.kind == "weight")
         kv_bytes = sum(c.row_bytes for c in plan.caches)
         return {
             "model": {
@@ -78,7 +82,7 @@ class Recorder:
             "parameters": {
                 "total": self._parameters, "active": self._parameters - idle_parameters(plan)
             },
-            "bytes": {"weights": weights, "original": self._original_bytes},
+            "bytes": {"weights": max(weights.values()), "original": self._original_bytes},
             "kv_bytes_per_token": kv_bytes,
             "kv_bytes_per_token_expanded": self._expanded * kv.FORMATS[recipe.kv],
             "weights_by_format": {f: n / total for f, n in sorted(share.items())},
@@ -91,7 +95,10 @@ class Recorder:
             # Seconds differ from run to run; an artifact must not.
             "passes": [p.facts() for p in self.passes],
             "targets": targets,
-            "peak_memory_bytes": weights + plan.arena_bytes + kv_bytes * plan.positions,
+            "peak_memory_bytes": max(
+                weights[device] + p.arena_bytes + kv_bytes * p.positions
+                for device, p in plans.items()
+            ),
             "capacity": {"tokens": plan.capacity.tokens, "rows": plan.capacity.rows},
             "stages": self.stages,
             "layer": {"before": self._before, "after": layer_graph(program)},

@@ -40,6 +40,8 @@ def render(facts: Facts, sources: Mapping[str, str]) -> str:
             *_drawings(facts["layer"]),
             *_formats(facts),
             *_kernels(facts, sources),
+            *_binaries(facts.get("binaries", {})),
+            *_sources(sources),
         ),
         lang="en",
     )
@@ -182,9 +184,39 @@ def _kernels(facts: Facts, sources: Mapping[str, str]) -> list[Element]:
     if facts["extern_steps"]:
         externs = [(el("code", e["op"]), e["where"]) for e in facts["extern_steps"]]
         section += [el("h2", "Steps left to torch"), _table(("Operation", "Where"), externs)]
-    if sources:
-        section += [el("h2", "Sources"), *(_source(n, sources[n]) for n in sorted(sources))]
     return section
+
+
+def _binaries(built: Mapping[str, Sequence[Facts]]) -> list[Element]:
+    """What the GPU kernels became, per architecture."""
+    head = (
+        "Binary", "Batches up to", "Threads", "Registers", "Spilled", "Shared", "Tensor cores", "Size",
+    )  # fmt: skip
+    section = []
+    for target, facts in built.items():
+        rows = [
+            (
+                el("code", fact["binary"]),
+                ", ".join(map(str, fact["buckets"])),
+                str(fact["threads"]),
+                str(fact["registers"]),
+                f"{fact['local_bytes']} B" if fact["local_bytes"] else "none",
+                f"{fact['shared_kb']:.1f} KB",
+                fact["tensor_cores"] or "none",
+                f"{fact['cubin_kb']:.1f} KB",
+            )
+            for fact in facts
+        ]
+        if rows:
+            about = f"{len(rows)} cubins for {target}, read back after the build."
+            section += [el("h2", f"Binaries for {target}"), el("p", about)]
+            section += [_table(head, rows, numbers={2, 3, 4, 5, 7})]
+    return section
+
+
+def _sources(sources: Mapping[str, str]) -> list[Element]:
+    texts = sorted(name for name in sources if not name.endswith(".json"))
+    return [el("h2", "Sources"), *(_source(n, sources[n]) for n in texts)] if texts else []
 
 
 def _source(name: str, text: str) -> Element:

@@ -2,7 +2,8 @@
 
 One function per :data:`KernelSpec`, under the same stem as its emitters.  All compute in fp32 from the
 references of ``ir``: :func:`quant.dequantize`, :mod:`ir.cache`, :func:`router.route`, :func:`expr.evaluate`,
-and products round their inputs as the kernels do (:func:`quant.round_inputs`).
+and products round their inputs as the kernels do: those of a CPU by :func:`quant.round_inputs`, those of a
+GPU to bf16 (unless the weight is fp32).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ..ir.cache import Batch
 from ..ir.plan import (
     Attend,
     CacheWrite,
+    Device,
     Embed,
     Experts,
     Extern,
@@ -40,12 +42,17 @@ Operands = Mapping[str, Tensor]
 Outputs = dict[str, Tensor]
 
 
-def run(spec: KernelSpec, operands: Operands, batch: Batch) -> Outputs:
+def run(spec: KernelSpec, operands: Operands, batch: Batch, device: Device = "cpu") -> Outputs:
     """The outputs of one kernel by parameter name; a cache operand is written in place.
 
-    Activations are ``[rows, width]``; weights come in the parts that ``spec.params`` names.
+    Activations are ``[rows, width]``; weights come in the parts that ``spec.params`` names, in the order
+    of ``device``, which also decides how products round their inputs.
     """
-    return _RUN[spec.kind](spec, operands, batch)
+    wide = {
+        n: x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        for n, x in operands.items()
+    }
+    return _RUN[spec.kind](spec, wide, batch, device)
 
 
 def run_plan(
@@ -68,12 +75,19 @@ def run_plan(
     }
     for step in plan.steps:
         operands = {p: _view(plan, step, p, values, len(ids), len(rows)) for p in step.spec.params}
-        for name, value in run(step.spec, operands, batch).items():
+        for name, value in run(step.spec, operands, batch, plan.device).items():
             operands[name].copy_(value)
     return values[plan.output]
 
 
-_DTYPES = {"f32": torch.float32, "i32": torch.int32, "i64": torch.int64, "bool": torch.bool}
+_DTYPES = {
+    "f32": torch.float32,
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+    "i32": torch.int32,
+    "i64": torch.int64,
+    "bool": torch.bool,
+}
 
 
 def _view(
@@ -134,15 +148,15 @@ def operand_width(spec: KernelSpec, param: str) -> int:
 # --- one meaning per kernel -------------------------------------------------------------------------
 
 
-def embed(spec: Embed, o: Operands, batch: Batch) -> Outputs:
+def embed(spec: Embed, o: Operands, batch: Batch, device: Device) -> Outputs:
     return {"out": o["w"][o["index"].long()].float()}
 
 
-def select_rows(spec: SelectRows, o: Operands, batch: Batch) -> Outputs:
+def select_rows(spec: SelectRows, o: Operands, batch: Batch, device: Device) -> Outputs:
     return {"out": o["x"][o["index"].long()]}
 
 
-def norm(spec: Norm, o: Operands, batch: Batch) -> Outputs:
+def norm(spec: Norm, o: Operands, batch: Batch, device: Device) -> Outputs:
     total = o["x"] + o["residual"] if spec.residual else o["x"]
     x = total.unflatten(-1, (spec.heads, spec.width))
     if spec.center:
@@ -153,20 +167,28 @@ def norm(spec: Norm, o: Operands, batch: Batch) -> Outputs:
     return {"out": x.flatten(-2)} | ({"sum": total.clone()} if spec.residual else {})
 
 
-def _weight(o: Operands, fmt: str, n: int, k: int, prefix: str = "", parts: int = 1) -> Tensor:
-    """The matrix ``[..., parts * n, k]`` that panels stand for."""
+def _weight(
+    o: Operands, device: Device, fmt: str, n: int, k: int, prefix: str = "", parts: int = 1
+) -> Tensor:
+    """The matrix ``[..., parts * n, k]`` that the parts of a weight stand for."""
     spec = quant.parse(fmt)
-    panels = {p: o[prefix + p] for p in spec.parts}
-    return quant.dequantize(packing.unpack(panels, spec, n, k, parts), spec, k)
+    weight = {p: o[prefix + p] for p in spec.parts}
+    if device == "cpu":
+        weight = packing.unpack(weight, spec, n, k, parts)
+    elif spec.group:
+        weight["q"] = packing.unpack_halves(weight["q"], k)
+    return quant.dequantize(weight, spec, k)
 
 
-def _rounded(x: Tensor, fmt: str) -> Tensor:
+def _rounded(x: Tensor, fmt: str, device: Device) -> Tensor:
+    if device == "cuda":
+        return x if fmt == "fp32" else x.bfloat16().float()
     return quant.round_inputs(x, quant.parse(fmt))
 
 
-def linear(spec: Linear, o: Operands, batch: Batch) -> Outputs:
-    weight = _weight(o, spec.format, spec.n, spec.k, parts=spec.parts)
-    y = _rounded(o["x"], spec.format) @ weight.T
+def linear(spec: Linear, o: Operands, batch: Batch, device: Device) -> Outputs:
+    weight = _weight(o, device, spec.format, spec.n, spec.k, parts=spec.parts)
+    y = _rounded(o["x"], spec.format, device) @ weight.T
     if spec.bias:
         y = y + o["bias"]
     acc = {f"acc{i}": part for i, part in enumerate(y.split(spec.n, -1))}
@@ -174,12 +196,12 @@ def linear(spec: Linear, o: Operands, batch: Batch) -> Outputs:
     return {"out": expr.evaluate(expr.parse(spec.epilogue), acc | extras)}
 
 
-def pointwise(spec: Pointwise, o: Operands, batch: Batch) -> Outputs:
+def pointwise(spec: Pointwise, o: Operands, batch: Batch, device: Device) -> Outputs:
     inputs = {f"x{i}": o[f"x{i}"] for i in range(len(spec.inputs))}
     return {"out": expr.evaluate(expr.parse(spec.expr), inputs).expand(o["out"].shape)}
 
 
-def rope(spec: Rope, o: Operands, batch: Batch) -> Outputs:
+def rope(spec: Rope, o: Operands, batch: Batch, device: Device) -> Outputs:
     x = o["x"].unflatten(-1, (spec.heads, spec.head_dim)).clone()
     cos, sin = o["cos"][:, None], o["sin"][:, None]
     part = x[..., spec.offset : spec.offset + spec.rotary]
@@ -190,7 +212,7 @@ def rope(spec: Rope, o: Operands, batch: Batch) -> Outputs:
     return {"out": x.flatten(-2)}
 
 
-def cache_write(spec: CacheWrite, o: Operands, batch: Batch) -> Outputs:
+def cache_write(spec: CacheWrite, o: Operands, batch: Batch, device: Device) -> Outputs:
     kv.write(spec.cache, o["cache"], batch, [o[f"p{i}"] for i in range(len(spec.parts))])
     return {}
 
@@ -213,7 +235,7 @@ def _short(x: Tensor, cache_format: str) -> Tensor:
     return x if cache_format == "fp32" else x.bfloat16().float()
 
 
-def attend(spec: Attend, o: Operands, batch: Batch) -> Outputs:
+def attend(spec: Attend, o: Operands, batch: Batch, device: Device) -> Outputs:
     out = torch.zeros(o["q"].shape[0], spec.heads, spec.value_dim)
     group = spec.heads // spec.heads_kv
     for b, lo, hi, length in _spans(batch):
@@ -237,14 +259,16 @@ def attend(spec: Attend, o: Operands, batch: Batch) -> Outputs:
     return {"out": out.flatten(1)}
 
 
-def latent_attend(spec: LatentAttend, o: Operands, batch: Batch) -> Outputs:
+def latent_attend(spec: LatentAttend, o: Operands, batch: Batch, device: Device) -> Outputs:
     """Rounded as the kernel rounds, which differs between few queries (absorbed) and many (expanded)."""
     out = torch.zeros(o["q"].shape[0], spec.heads, spec.value)
     up = quant.parse(spec.up_format)
-    turned = {up.parts[0]: o["w_uk_" + up.parts[0]]}
-    w_uk = next(iter(packing.unpack(turned, up, spec.latent, spec.nope).values())).float().mT
+    w_uk = o["w_uk_" + up.parts[0]].float()
+    if device == "cpu":
+        turned = packing.unpack({up.parts[0]: o["w_uk_" + up.parts[0]]}, up, spec.latent, spec.nope)
+        w_uk = next(iter(turned.values())).float().mT
     scale = o["w_uk_scale"] if "scale" in up.parts else torch.ones(spec.heads, spec.nope)
-    w_uv = _weight(o, spec.up_format, spec.value, spec.latent, "w_uv_")
+    w_uv = _weight(o, device, spec.up_format, spec.value, spec.latent, "w_uv_")
 
     def short(x: Tensor) -> Tensor:
         return _short(x, spec.cache_format)
@@ -255,7 +279,7 @@ def latent_attend(spec: LatentAttend, o: Operands, batch: Batch) -> Outputs:
         q_nope, q_pe = q.split((spec.nope, spec.rope), -1)
         absorbed = hi - lo < spec.absorb_below
         if absorbed:
-            scaled = _rounded(q_nope * scale, spec.up_format)
+            scaled = _rounded(q_nope * scale, spec.up_format, device)
             q_latent = short(torch.einsum("thn,hnl->thl", scaled, w_uk))
             score = torch.einsum("thl,jl->htj", q_latent, latent)
         else:
@@ -264,7 +288,7 @@ def latent_attend(spec: LatentAttend, o: Operands, batch: Batch) -> Outputs:
         score = (score + torch.einsum("thr,jr->htj", short(q_pe), k_pe)) * spec.scale
         p = score.masked_fill(~_visible(batch, lo, hi, length, 0), -torch.inf).softmax(-1)
         if absorbed:
-            mixed = _rounded(torch.einsum("htj,jl->thl", p, latent), spec.up_format)
+            mixed = _rounded(torch.einsum("htj,jl->thl", p, latent), spec.up_format, device)
             out[lo:hi] = torch.einsum("thl,hvl->thv", mixed, w_uv)
         else:
             value = short(torch.einsum("jl,hvl->jhv", latent, short(w_uv)))
@@ -272,29 +296,29 @@ def latent_attend(spec: LatentAttend, o: Operands, batch: Batch) -> Outputs:
     return {"out": out.flatten(1)}
 
 
-def route(spec: Route, o: Operands, batch: Batch) -> Outputs:
+def route(spec: Route, o: Operands, batch: Batch, device: Device) -> Outputs:
     ids, weights = router.route(o["logits"], o.get("bias"), spec.router)
     return {"ids": ids, "weights": weights}
 
 
-def experts(spec: Experts, o: Operands, batch: Batch) -> Outputs:
-    x, ids = _rounded(o["x"], spec.gate_up_format), o["ids"].long()
+def experts(spec: Experts, o: Operands, batch: Batch, device: Device) -> Outputs:
+    x, ids = _rounded(o["x"], spec.gate_up_format, device), o["ids"].long()
     gate_up = _weight(
-        o, spec.gate_up_format, spec.inter, spec.hidden, "gate_up_", 2 if spec.gated else 1
+        o, device, spec.gate_up_format, spec.inter, spec.hidden, "gate_up_", 2 if spec.gated else 1
     )
-    down = _weight(o, spec.down_format, spec.hidden, spec.inter, "down_")
+    down = _weight(o, device, spec.down_format, spec.hidden, spec.inter, "down_")
     out = o["residual"].clone() if spec.residual else torch.zeros_like(o["x"])
     for e in ids.unique().tolist():
         token, choice = (ids == e).nonzero(as_tuple=True)
         parts = (x[token] @ gate_up[e].T).split(spec.inter, -1)
         acc = {f"acc{i}": part for i, part in enumerate(parts)}
         inner = expr.evaluate(expr.parse(spec.activation), acc)
-        y = _rounded(inner, spec.down_format) @ down[e].T
+        y = _rounded(inner, spec.down_format, device) @ down[e].T
         out.index_add_(0, token, y * o["weights"][token, choice, None])
     return {"out": out}
 
 
-def extern(spec: Extern, o: Operands, batch: Batch) -> Outputs:
+def extern(spec: Extern, o: Operands, batch: Batch, device: Device) -> Outputs:
     """Call the op that ``spec.op`` names; :class:`Extern` says how its arguments are written."""
     op: Any = torch.ops
     for name in spec.op.split("."):
@@ -331,7 +355,7 @@ def _shaped(x: Tensor, shape: list[int] | None, dtype: str | None) -> Tensor:
     return x if dtype is None else x.to(getattr(torch, dtype))
 
 
-_RUN: dict[str, Callable[[Any, Operands, Batch], Outputs]] = {
+_RUN: dict[str, Callable[[Any, Operands, Batch, Device], Outputs]] = {
     f.__name__: f
     for f in (
         embed,

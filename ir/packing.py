@@ -1,13 +1,18 @@
-"""The order in which CPU kernels read weights: panels of 16 rows, inputs outermost.
+"""The order in which kernels read weights.
 
-A matrix ``[..., N, K]`` becomes panels ``[..., ceil(N/16), ceil(K/32) * 32 / u, 16 * u]``: for every ``u``
-inputs the 16 rows of the panel stand side by side, so a kernel that walks along K reads one stream, finds 16
-outputs in the lanes of a vector, and never sums over lanes.  ``u`` is what a multiply instruction sums per
-lane: 1 (fp32, fp8), 2 (bf16) or 4 (int8); of INT4, 64 bytes hold 8 inputs of 16 rows, the first four in the
-low nibbles.  INT8 is stored as value + 128, for that instruction multiplies unsigned by signed bytes.
-Scales ``[..., N, C]`` become ``[..., ceil(N/16), C, 16]`` (INT8: C = 1).  Rows and inputs that do not exist
-are zeros.  Where ``N`` is several ``parts`` (gate and up), a panel of the first is followed by that of the
-second which holds the same rows, for a kernel needs both at once.
+On a CPU: panels of 16 rows, inputs outermost.  A matrix ``[..., N, K]`` becomes panels
+``[..., ceil(N/16), ceil(K/32) * 32 / u, 16 * u]``: for every ``u`` inputs the 16 rows of the panel stand side
+by side, so a kernel that walks along K reads one stream, finds 16 outputs in the lanes of a vector, and never
+sums over lanes.  ``u`` is what a multiply instruction sums per lane: 1 (fp32, fp8), 2 (bf16) or 4 (int8); of
+INT4, 64 bytes hold 8 inputs of 16 rows, the first four in the low nibbles.  INT8 is stored as value + 128,
+for that instruction multiplies unsigned by signed bytes.  Scales ``[..., N, C]`` become
+``[..., ceil(N/16), C, 16]`` (INT8: C = 1).  Rows and inputs that do not exist are zeros.  Where ``N`` is
+several ``parts`` (gate and up), a panel of the first is followed by that of the second which holds the same
+rows, for a kernel needs both at once.
+
+On a GPU: as :mod:`ir.quant` has it, except INT4.  There 64 bytes hold 128 inputs of a row, the first 64 in
+the low nibbles and the others in the high ones (:func:`pack_halves`), so that neither half of a tile has to
+be interleaved with the other.
 
 >>> fmt = quant.parse("int8")
 >>> parts = pack(quant.quantize(torch.eye(3, 5), fmt), fmt)
@@ -31,6 +36,7 @@ from . import quant
 
 PANEL = 16  # rows that stand side by side
 STEP = 32  # a row's inputs are padded to a multiple of this, one group of rounded activations
+CHUNK = 128  # inputs of a row whose INT4 values stand together on a GPU
 
 _UNITS = {"fp32": 1, "fp8": 1, "bf16": 2, "int8": 4}
 
@@ -58,6 +64,27 @@ def pack_part(name: str, part: Tensor, fmt: quant.Format, rows: int, parts: int 
     if fmt.name == "fp8":
         return _panels(part.view(torch.uint8), 1, 0, parts).view(part.dtype)
     return _panels(part, _UNITS[fmt.name], 0, parts)
+
+
+def pack_halves(q: Tensor) -> Tensor:
+    """INT4 values ``[..., N, ceil(K/2)]`` as ``[..., N, ceil(K/128) * 64]``, padded with nibbles 8 (zero).
+
+    >>> pack_halves(torch.tensor([[0x21, 0x43]], dtype=torch.uint8))[0, :5].tolist()  # inputs 1 2 3 4
+    [129, 130, 131, 132, 136]
+    """
+    nibbles = torch.stack((q & 15, q >> 4), -1).flatten(-2)
+    chunks = F.pad(nibbles, (0, -nibbles.shape[-1] % CHUNK), value=8).unflatten(
+        -1, (-1, 2, CHUNK // 2)
+    )
+    low, high = chunks.unbind(-2)
+    return (low | (high << 4)).flatten(-2).contiguous()
+
+
+def unpack_halves(q: Tensor, k: int) -> Tensor:
+    """The inverse of :func:`pack_halves` for a row of ``k`` inputs."""
+    chunks = q.unflatten(-1, (-1, CHUNK // 2))
+    nibbles = torch.stack((chunks & 15, chunks >> 4), -2).flatten(-3)[..., : k + k % 2]
+    return (nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)).contiguous()
 
 
 def unpack(

@@ -2,10 +2,11 @@
 
 A plan is a flat list of steps over named buffers.  A step binds a :data:`KernelSpec` (hashable, says
 everything that code generation needs and nothing else; layers of the same structure share one) to
-operands, or is an extern step that torch runs.  Activations are fp32 row-major ``[rows, width]`` where
-rows is the step's token count ``T`` or its count of selected output rows ``R``; an operand may be a
-column range of a buffer, so splitting and joining along columns cost nothing.  Matrices that kernels
-multiply with are stored as panels (:mod:`ir.packing`).
+operands, or is an extern step that torch runs.  Activations are row-major ``[rows, width]`` where rows is
+the step's token count ``T`` or its count of selected output rows ``R``; an operand may be a column range of a
+buffer, so splitting and joining along columns cost nothing.  A plan is made for a kind of device: on a CPU
+activations are fp32, on a GPU most are bf16 (:mod:`passes.narrow`), and matrices that kernels multiply with
+are stored in the order that reads best there (:mod:`ir.packing`).
 
 >>> spec = Linear(n=64, k=32, format="int8")
 >>> spec.params
@@ -30,7 +31,18 @@ PLAN_VERSION = 1
 # --- buffers ----------------------------------------------------------------------------------------
 
 Rows: TypeAlias = Literal["tokens", "rows", "fixed"]
-DTYPE_BYTES = {"f32": 4, "bf16": 2, "i8": 1, "u8": 1, "e4m3": 1, "i32": 4, "i64": 8, "bool": 1}
+Device: TypeAlias = Literal["cpu", "cuda"]
+DTYPE_BYTES = {
+    "f32": 4,
+    "bf16": 2,
+    "f16": 2,
+    "i8": 1,
+    "u8": 1,
+    "e4m3": 1,
+    "i32": 4,
+    "i64": 8,
+    "bool": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -393,6 +405,7 @@ class Plan:
     vocab: int
     positions: int
     meta: Mapping[str, Any] = field(default_factory=dict)
+    device: Device = "cpu"
 
     @property
     def specs(self) -> list[KernelSpec]:
@@ -425,6 +438,7 @@ def dump(plan: Plan) -> dict[str, Any]:
     index = {spec: i for i, spec in enumerate(specs)}
     return {
         "version": PLAN_VERSION,
+        "device": plan.device,
         "capacity": dataclasses.asdict(plan.capacity),
         "arena_bytes": plan.arena_bytes,
         "output": plan.output,
@@ -471,4 +485,5 @@ def load(data: Mapping[str, Any]) -> Plan:
         vocab=data["vocab"],
         positions=data["positions"],
         meta=data["meta"],
+        device=data["device"],
     )

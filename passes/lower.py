@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import NotLowered
-from ..ir.packing import pack_part
-from ..ir.plan import Buffer, Capacity, KernelSpec, Operand, Plan, Pointwise, Rows, Step
+from ..ir.packing import pack_halves, pack_part
+from ..ir.plan import Buffer, Capacity, Device, KernelSpec, Operand, Plan, Pointwise, Rows, Step
 from ..ir.program import BATCH_INPUTS, INPUTS, Program, is_weight, module_path, shape, where
 from ..ir.quant import parse
 from . import views
@@ -42,13 +42,13 @@ _MISSING_PASS = {
 }
 
 
-def lower(program: Program, capacity: Capacity | None = None) -> Plan:
-    """The program's steps over buffers whose place in the arena is not decided yet.
+def lower(program: Program, capacity: Capacity | None = None, device: Device = "cpu") -> Plan:
+    """The program's steps over buffers whose place in the arena is not decided yet, activations in fp32.
 
     Weights that kernels want in another layout are derived in ``program.weights``, under the names
     of the plan's weight buffers.
     """
-    lowering = Lowering(program)
+    lowering = Lowering(program, device)
     for node in program.graph.nodes:
         if node.op == "call_function" and views.alias(node) is None:
             lowering.step(node)
@@ -62,14 +62,16 @@ def lower(program: Program, capacity: Capacity | None = None) -> Plan:
         output=output,
         vocab=program.vocab,
         positions=program.positions,
+        device=device,
     )
 
 
 class Lowering:
     """Steps and buffers so far, and where each computed node lives."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, device: Device) -> None:
         self.program = program
+        self.device = device
         self.buffers: dict[str, Buffer] = {}
         self.steps: list[Step] = []
         self._place: dict[fx.Node, Operand] = {}  # computed nodes
@@ -123,7 +125,7 @@ class Lowering:
             self.program.weights.derive(name, function, source)
         return name
 
-    def panels(
+    def matrix(
         self,
         node: fx.Node,
         part: str,
@@ -132,7 +134,14 @@ class Lowering:
         parts: int = 1,
         turned: bool = False,
     ) -> Operand:
-        """One part of a weight of ``rows`` rows, as :func:`packing.pack_part` orders it."""
+        """One part of a weight of ``rows`` rows in the order of :mod:`ir.packing`.
+
+        ``turned`` where a CPU reads it by columns.
+        """
+        if self.device == "cuda":
+            if part == "q" and parse(format).group:
+                return self.weight(self._derived(f"{node.target}.halves", pack_halves, node.target))
+            return self.weight(node.target)
         suffix = "turned" if turned else "panels" if parts == 1 else f"panels{parts}"
         fmt = parse(format)
 

@@ -66,7 +66,7 @@ def _linear(low: Lowering, node: fx.Node) -> None:
     )
     n, k, has_bias = width(node), width(linear.x), linear.bias is not None
     spec = plan.Linear(n, k, linear.format, has_bias, linear.parts, linear.epilogue, kinds)
-    weight = _panels(low, "", linear.format, linear.weight, linear.parts)
+    weight = _matrix(low, "", linear.format, linear.weight, linear.parts)
     bind = {"x": low.operand(linear.x), **weight}
     if linear.bias is not None:
         bind["bias"] = low.operand(linear.bias)
@@ -75,13 +75,13 @@ def _linear(low: Lowering, node: fx.Node) -> None:
     low.emit(node, spec, **bind, out=low.out(node))
 
 
-def _panels(
+def _matrix(
     low: Lowering, prefix: str, format: str, weight: list[fx.Node], parts: int = 1
 ) -> dict[str, Operand]:
     """The parts of a weight in the order in which kernels read them."""
     names, rows = parse(format).parts, shape(weight[0])[-2]
     return {
-        f"{prefix}{name}": low.panels(node, name, format, rows, parts)
+        f"{prefix}{name}": low.matrix(node, name, format, rows, parts)
         for name, node in zip(names, weight, strict=True)
     }
 
@@ -130,9 +130,9 @@ def _cached_latent_attention(low: Lowering, node: fx.Node) -> None:
     spec = plan.LatentAttend(heads, nope, rope, rank, value, scale, cache_format, format)
     bind = {"q": low.operand(q), "cache": low.operand(cache)}
     # W_UK is read along its other dim: absorbed queries are sums over what a key head adds up to.
-    bind["w_uk_" + parse(format).parts[0]] = low.panels(w_uk[0], "w", format, nope, turned=True)
+    bind["w_uk_" + parse(format).parts[0]] = low.matrix(w_uk[0], "w", format, nope, turned=True)
     bind |= {"w_uk_scale": low.operand(w_uk[1])} if len(w_uk) > 1 else {}
-    bind |= _panels(low, "w_uv_", format, w_uv)
+    bind |= _matrix(low, "w_uv_", format, w_uv)
     low.emit(node, spec, **bind, out=low.out(node))
 
 
@@ -162,8 +162,8 @@ def _experts(low: Lowering, node: fx.Node) -> None:
     if residual is not None:
         inputs["residual"] = residual
     bind = {name: low.operand(n) for name, n in inputs.items()}
-    bind |= _panels(low, "gate_up_", up_format, gate_up, 2 if gated else 1)
-    bind |= _panels(low, "down_", down_format, down)
+    bind |= _matrix(low, "gate_up_", up_format, gate_up, 2 if gated else 1)
+    bind |= _matrix(low, "down_", down_format, down)
     low.emit(node, spec, **bind, out=low.out(node))
 
 

@@ -1,9 +1,10 @@
 """The artifact: a directory that holds a compiled model, and nothing that needs a compiler.
 
     manifest.json           format version, targets, recipe, report, SHA-256 of every file
-    plan.json               the steps and buffers (ir.plan.dump)
+    plan.json               the steps and buffers (ir.plan.dump) on a CPU
+    plan.cuda.json          the same on a GPU
     weights/*.safetensors   memory-mapped when it runs
-    kernels/<target>/       readable sources, and step.so
+    kernels/<target>/       readable sources, and step.so or cubins
     tokenizer/              tokenizer.json and its configs, where the model had them
     report.html
 
@@ -40,8 +41,9 @@ from .tensors import Bytes, Data, Tensor, TensorSpec, map_tensors, write_tensors
 
 __all__ = ["Artifact", "ArtifactWriter", "Target", "TensorSpec", "check_output"]
 
-PLAN = "plan.json"
-SHARD_BYTES = 1 << 30
+PLANS = {"cpu": "plan.json", "cuda": "plan.cuda.json"}
+# Opening hashes the files, one at a time to a core: enough shards to share out, none of them tiny.
+SHARDS, SHARD_BYTES_MIN, SHARD_BYTES_MAX = 16, 1 << 25, 1 << 30
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -74,8 +76,13 @@ class Artifact:
 
     @cached_property
     def plan(self) -> dict[str, Any]:
-        """plan.json, as ir.plan.dump wrote it."""
-        return parse_object((self.path / PLAN).read_bytes(), str(self.path / PLAN))
+        """The plan for a CPU, as ir.plan.dump wrote it; empty if the artifact has none."""
+        return self.json(PLANS["cpu"])
+
+    @cached_property
+    def gpu_plan(self) -> dict[str, Any]:
+        """The plan for a GPU; empty if the artifact has none."""
+        return self.json(PLANS["cuda"])
 
     def file(self, name: str) -> Path | None:
         """The path of a file that the manifest vouches for, or None if the artifact has none."""
@@ -95,8 +102,10 @@ class Artifact:
         return tensors
 
     def _check(self, verify: bool) -> None:
-        if PLAN not in self.manifest.files:
-            raise errors.ArtifactDamaged(file=str(self.path / MANIFEST), reason=f"no {PLAN} in it")
+        for plan in {PLANS[target.device] for target in self.targets} or {PLANS["cpu"]}:
+            if plan not in self.manifest.files:
+                reason = f"no {plan} in it"
+                raise errors.ArtifactDamaged(file=str(self.path / MANIFEST), reason=reason)
         root = self.path.resolve()
         for name, fact in self.manifest.files.items():
             self._check_file(root, name, fact)
@@ -189,17 +198,22 @@ class ArtifactWriter:
         self,
         index: Iterable[TensorSpec],
         data: Iterable[tuple[str, Data]],
-        shard_bytes: int = SHARD_BYTES,
+        shard_bytes: int | None = None,
     ) -> None:
         """Stream tensors into ``weights/``: the index first, then the data by name in any order.
 
-        Data is an array or a buffer of the tensor's bytes (bf16 and e4m3 as raw bits).  Raises
-        ValueError if data and index disagree.
+        Data is an array or a buffer of the tensor's bytes (bf16 and e4m3 as raw bits).  A file holds
+        at most ``shard_bytes``, unless one tensor alone is larger.  Raises ValueError if data and
+        index disagree.
         """
+        index = list(index)
+        if shard_bytes is None:
+            share = sum(spec.nbytes for spec in index) // SHARDS
+            shard_bytes = min(max(share, SHARD_BYTES_MIN), SHARD_BYTES_MAX)
         with self._reporting():
             folder = self._siblings.stage / "weights"
             folder.mkdir(exist_ok=True)
-            write_tensors(folder, list(index), data, shard_bytes)
+            write_tensors(folder, index, data, shard_bytes)
 
     def describe(
         self,

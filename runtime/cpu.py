@@ -18,10 +18,10 @@ from .. import errors
 from .artifact import Artifact, Target
 from .batch import Batch
 from .cache import PAGE, pages_for
-from .extern import ExternRunner
-from .layout import ExternStep, Layout
+from .extern import ExternRunner, host_view
+from .layout import ExternStep, Layout, bind_weights
 from .memory import Arena, allocate
-from .tensors import Tensor, TensorSpec
+from .tensors import Tensor
 
 ABI_VERSION = 1
 WEIGHT_ALIGN = 16
@@ -66,7 +66,8 @@ class CpuExecutor:
         self.threads = threads or available_cores()
         self.pages = pages_for(cache_tokens or default_cache_tokens(layout))
         self._library = _load(artifact, self.target)
-        self._weights = _bind_weights(layout, artifact.weights())
+        weights = bind_weights(layout, artifact.weights())
+        self._weights = {name: _aligned(tensor) for name, tensor in weights.items()}
         self._caches = [
             allocate(self.pages * PAGE * cache.row_bytes, "the cache") for cache in layout.caches
         ]
@@ -75,7 +76,7 @@ class CpuExecutor:
         self._workspace = allocate(scratch, "kernel scratch")
         self._segments = _segments(layout)
         self._externs = (
-            ExternRunner(layout.externs, self._arena, self._weights) if layout.externs else None
+            ExternRunner(layout, host_view(self._arena, self._weights)) if layout.externs else None
         )
         self._tables = (
             _pointers([weight.array for weight in self._weights.values()]),
@@ -194,7 +195,7 @@ def choose_target(targets: tuple[Target, ...]) -> Target:
     reasons, fitting = [], []
     for target in targets:
         missing = sorted(set(target.needs) - features) if features is not None else []
-        if not target.name.startswith("cpu"):
+        if target.device != "cpu":
             reasons.append(f"{target.name} is not for a CPU")
         elif target.machine and target.machine != here:
             reasons.append(f"{target.name} is for {target.machine}, this is {here}")
@@ -214,7 +215,7 @@ def _foreign(targets: tuple[Target, ...], reason: str) -> errors.ForeignTarget:
 
 def _load(artifact: Artifact, target: Target) -> ctypes.CDLL:
     """The step library of ``target`` with its functions typed, if it is what the manifest says."""
-    file = (artifact.path / target.library).resolve()
+    file = (artifact.path / target.entry).resolve()
     try:
         library = ctypes.CDLL(str(file))
         _declare(library)
@@ -224,7 +225,7 @@ def _load(artifact: Artifact, target: Target) -> ctypes.CDLL:
         raise errors.ArtifactTooNew(found=f"(ABI) {version}", known=ABI_VERSION)
     isa = library.tm_isa().decode()
     if f"cpu-{isa}" != Path(target.directory).name:
-        raise errors.ArtifactDamaged(file=target.library, reason=f"it was built for {isa}")
+        raise errors.ArtifactDamaged(file=target.entry, reason=f"it was built for {isa}")
     return library
 
 
@@ -242,16 +243,8 @@ def _declare(library: ctypes.CDLL) -> None:
         function.restype, function.argtypes = result, arguments
 
 
-def _bind_weights(layout: Layout, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The plan's weights in its order; only one that lies badly in its file is copied."""
-    return {spec.name: _bind_weight(spec, stored) for spec in layout.weights}
-
-
-def _bind_weight(spec: TensorSpec, stored: dict[str, Tensor]) -> Tensor:
-    tensor = stored.get(spec.name)
-    if tensor is None or (tensor.dtype, tensor.array.shape) != (spec.dtype, spec.shape):
-        reason = f"the weights have no {spec.dtype} {list(spec.shape)} named {spec.name!r}"
-        raise errors.ArtifactDamaged(file="plan.json", reason=reason)
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, copied if it lies badly in its file."""
     aligned = tensor.array.ctypes.data % WEIGHT_ALIGN == 0
     return tensor if aligned else Tensor(tensor.dtype, tensor.array.copy())
 

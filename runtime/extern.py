@@ -15,12 +15,12 @@ The numbers of the result, or of its member ``item``, fill the rows of ``out`` i
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from .. import errors
 from .batch import Batch
-from .layout import ExternStep
+from .layout import ExternStep, Layout
 from .memory import Arena
 from .tensors import Tensor
 
@@ -31,21 +31,26 @@ if TYPE_CHECKING:
 _BITS = {"bf16": "bfloat16", "e4m3": "float8_e4m3fn"}
 
 
-class ExternRunner:
-    """Runs the extern steps of a plan; raises MissingExtra or Unsupported when it cannot."""
+# A buffer as a tensor: the rows in use of an activation, a weight, or an input by its name.
+View: TypeAlias = Callable[[str, Batch], "TorchTensor"]
 
-    def __init__(
-        self, steps: Sequence[ExternStep], arena: Arena, weights: Mapping[str, Tensor]
-    ) -> None:
+
+class ExternRunner:
+    """Runs the extern steps of a plan on what ``view`` gives for a buffer.
+
+    Raises MissingExtra or Unsupported when it cannot.
+    """
+
+    def __init__(self, layout: Layout, view: View) -> None:
         try:
             import torch
         except ImportError as error:
-            purpose = f"the step {steps[0].op}"
+            purpose = f"the step {layout.externs[0].op}"
             raise errors.MissingExtra(package="torch", purpose=purpose, extra="hf") from error
         self._torch = torch
-        self._arena = arena
-        self._weights = weights
-        self._ops = {step.index: self._resolve(step) for step in steps}
+        self._activations = layout.activations
+        self._view = view
+        self._ops = {step.index: self._resolve(step) for step in layout.externs}
 
     def run(self, step: ExternStep, batch: Batch) -> None:
         """Compute ``step`` for the batch whose activations the arena holds."""
@@ -69,7 +74,7 @@ class ExternRunner:
             case {"operand": name, "columns": columns, "shape": shape, "dtype": dtype}:
                 buffer, column = step.bind[name]
                 tensor = self._view(buffer, batch)
-                if buffer in self._arena.activations:
+                if buffer in self._activations:
                     tensor = tensor[:, column : column + columns]
                 return tensor.reshape(shape).to(getattr(self._torch, dtype))
             case {"size": over, "times": times}:
@@ -77,20 +82,6 @@ class ExternRunner:
             case {"dtype": name}:
                 return getattr(self._torch, name)
         return arg
-
-    def _view(self, buffer: str, batch: Batch) -> TorchTensor:
-        """A whole buffer: the rows in use of an activation, a weight, or an input by its name."""
-        if buffer in self._arena.activations:
-            rows = batch.extent(self._arena.activations[buffer].over)
-            dtype, array = self._arena.tensor(buffer, rows)
-        elif buffer in self._weights:
-            dtype, array = self._weights[buffer]
-        else:
-            dtype, array = "i32", getattr(batch, buffer)
-        with warnings.catch_warnings():  # mapped weights are read-only, which torch dislikes
-            warnings.simplefilter("ignore", UserWarning)
-            tensor = self._torch.from_numpy(array)
-        return tensor.view(getattr(self._torch, _BITS[dtype])) if dtype in _BITS else tensor
 
     def _resolve(self, step: ExternStep) -> Callable[..., Any]:
         found: Any = self._torch.ops
@@ -105,3 +96,23 @@ class ExternRunner:
                 "that registers the operator",
             ) from error
         return cast("Callable[..., Any]", found)
+
+
+def host_view(arena: Arena, weights: Mapping[str, Tensor]) -> View:
+    """Buffers in the memory of this machine."""
+
+    def view(buffer: str, batch: Batch) -> TorchTensor:
+        import torch
+
+        if buffer in arena.activations:
+            dtype, array = arena.tensor(buffer, batch.extent(arena.activations[buffer].over))
+        elif buffer in weights:
+            dtype, array = weights[buffer]
+        else:
+            dtype, array = "i32", getattr(batch, buffer)
+        with warnings.catch_warnings():  # mapped weights are read-only, which torch dislikes
+            warnings.simplefilter("ignore", UserWarning)
+            tensor = torch.from_numpy(array)
+        return tensor.view(getattr(torch, _BITS[dtype])) if dtype in _BITS else tensor
+
+    return view

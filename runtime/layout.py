@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .. import errors
-from .tensors import DTYPES, TensorSpec
+from .tensors import DTYPES, Tensor, TensorSpec
 
 PLAN_VERSION = 1
 
@@ -84,8 +84,8 @@ class Layout:
     meta: Mapping[str, Any]
 
     @staticmethod
-    def parse(plan: Mapping[str, Any]) -> Layout:
-        """The layout of ir.plan.dump's JSON; raises ArtifactTooNew, or ArtifactDamaged."""
+    def parse(plan: Mapping[str, Any], file: str = "plan.json") -> Layout:
+        """The layout of ir.plan.dump's JSON; raises ArtifactTooNew, or ArtifactDamaged naming ``file``."""
         version = plan.get("version")
         if isinstance(version, int) and version > PLAN_VERSION:
             raise errors.ArtifactTooNew(found=f"(plan) {version}", known=PLAN_VERSION)
@@ -94,7 +94,7 @@ class Layout:
             layout._check()
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"malformed: {error!r}"
-            raise errors.ArtifactDamaged(file="plan.json", reason=reason) from error
+            raise errors.ArtifactDamaged(file=file, reason=reason) from error
         return layout
 
     @property
@@ -110,6 +110,20 @@ class Layout:
                 raise ValueError(f"buffer {name} does not fit the arena")
         if self.output.dtype != "f32" or self.output.width < self.vocab:
             raise ValueError("the output does not hold rows of logits")
+
+
+def bind_weights(
+    layout: Layout, stored: Mapping[str, Tensor], file: str = "plan.json"
+) -> dict[str, Tensor]:
+    """The plan's weights in its order; raises ArtifactDamaged naming ``file`` if one is not there."""
+    bound = {}
+    for spec in layout.weights:
+        tensor = stored.get(spec.name)
+        if tensor is None or (tensor.dtype, tensor.array.shape) != (spec.dtype, spec.shape):
+            reason = f"the weights have no {spec.dtype} {list(spec.shape)} named {spec.name!r}"
+            raise errors.ArtifactDamaged(file=file, reason=reason)
+        bound[spec.name] = tensor
+    return bound
 
 
 def _parse(plan: Mapping[str, Any]) -> Layout:

@@ -34,10 +34,11 @@ class FileFact:
 
 @dataclass(frozen=True)
 class Target:
-    """Kernels for one kind of machine: ``directory`` holds the sources and ``step.so``.
+    """Kernels for one kind of machine: ``directory`` holds the sources and what was built from them.
 
-    ``needs`` are CPU feature flags as Linux spells them in /proc/cpuinfo (``avx2``, ``fma``);
-    ``machine`` is ``platform.machine()`` (``x86_64``, ``aarch64``), empty for any.
+    On a CPU ``needs`` are feature flags as Linux spells them in /proc/cpuinfo (``avx2``, ``fma``), and
+    ``machine`` is ``platform.machine()`` (``x86_64``, ``aarch64``), empty for any.  A GPU is named by its
+    architecture: ``sm_90``.
     """
 
     name: str
@@ -46,9 +47,15 @@ class Target:
     machine: str = ""
 
     @property
-    def library(self) -> str:
-        """Path of the step library, relative to the artifact."""
-        return f"{self.directory}/step.so"
+    def device(self) -> str:
+        """``cpu`` or ``cuda``."""
+        return "cuda" if self.name.startswith("sm_") else "cpu"
+
+    @property
+    def entry(self) -> str:
+        """The file that a runtime opens first, relative to the artifact."""
+        file = "schedule.json" if self.device == "cuda" else "step.so"
+        return f"{self.directory}/{file}"
 
 
 @dataclass(frozen=True)
@@ -119,8 +126,8 @@ def _from_json(body: Mapping[str, Any]) -> Manifest:
         for t in body["targets"]
     )
     for target in targets:  # only what is hashed may be loaded
-        if target.library not in files:
-            raise ValueError(f"target {target.name!r} has no {target.library}")
+        if target.entry not in files:
+            raise ValueError(f"target {target.name!r} has no {target.entry}")
     return Manifest(
         files=files,
         targets=targets,

@@ -19,12 +19,14 @@ Logits = NDArray[np.float32]
 class Request(ABC):
     """A sequence in work: ``tokens[:computed]`` are in the cache, in ``pages``.
 
-    It will never have more than ``limit`` tokens in the cache.
+    It will never have more than ``limit`` tokens in the cache.  ``sampler`` chooses its tokens; without one
+    it wants the logits themselves.
     """
 
-    def __init__(self, tokens: Sequence[int], limit: int) -> None:
+    def __init__(self, tokens: Sequence[int], limit: int, sampler: Sampler | None = None) -> None:
         self.tokens = list(tokens)
         self.limit = limit
+        self.sampler = sampler
         self.computed = 0
         self.pages: list[int] = []
 
@@ -50,6 +52,10 @@ class Request(ABC):
     def take(self, logits: Logits) -> None:
         """Use the logits ``[len(rows), vocab]`` of tokens just computed; copy what is to stay."""
 
+    @abstractmethod
+    def accept(self, tokens: Sequence[int]) -> None:
+        """Instead of the logits, the tokens that ``sampler`` would choose from them."""
+
 
 class Completion(Request):
     """Generates up to ``new`` tokens; ``finish_reason`` is set when it has ended.
@@ -66,14 +72,14 @@ class Completion(Request):
         ends: Collection[int],
         text: TextStream | None,
     ) -> None:
-        super().__init__(prompt, limit=len(prompt) + new - 1)  # the last token is not fed back
+        # The last token is not fed back.
+        super().__init__(prompt, len(prompt) + new - 1, sampler)
         self.prompt_tokens = len(prompt)
         self.text = text
         self.finish_reason = ""
         self.pieces: deque[tuple[str, int]] = deque()
         self.times = (0.0, 0.0)
         self._new = new
-        self._sampler = sampler
         self._ends = ends
 
     @property
@@ -91,9 +97,14 @@ class Completion(Request):
         return range(count - 1, count) if count == self.pending else range(0)
 
     def take(self, logits: Logits) -> None:
-        if len(logits) == 0:
-            return
-        token = self._sampler(logits[0])
+        assert self.sampler
+        self.accept([self.sampler(row) for row in logits])
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            self._append(int(token))
+
+    def _append(self, token: int) -> None:
         self.tokens.append(token)
         piece = self.text.push(token) if self.text else ""
         self.finish_reason = self._ending(token)
@@ -130,3 +141,6 @@ class Scoring(Request):
     def take(self, logits: Logits) -> None:
         self.logits[self._filled : self._filled + len(logits)] = logits
         self._filled += len(logits)
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        raise TypeError("scoring needs logits")

@@ -8,7 +8,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +47,7 @@ class Sampler:
     """
 
     def __init__(self, sampling: Sampling, index: int = 0) -> None:
-        self._how = sampling
+        self.how = sampling
         greedy = sampling.temperature == 0
         self._random = None if greedy else np.random.default_rng((sampling.seed, index))
 
@@ -53,13 +55,37 @@ class Sampler:
         """A token id, given logits ``[vocab]``; the lowest of equally likely ones when greedy."""
         if self._random is None:
             return int(logits.argmax())
-        ids, weights = _candidates(logits, self._how)
+        ids, weights = candidates(logits, self.how)
         below = np.cumsum(weights)
-        drawn = np.searchsorted(below, self._random.random() * below[-1], side="right")
+        drawn = np.searchsorted(below, self.uniform() * below[-1], side="right")
         return int(ids[min(drawn, ids.size - 1)])  # the product may round up to the sum
 
+    def uniform(self) -> float:
+        """The next random number in [0, 1); 0 when greedy, which needs none."""
+        return float(self._random.random()) if self._random else 0.0
 
-def _candidates(
+
+class Choices(NamedTuple):
+    """How to choose a token from each of several rows of logits; ``uniform`` holds their random numbers."""
+
+    temperature: NDArray[np.float32]
+    top_k: NDArray[np.int32]
+    top_p: NDArray[np.float32]
+    uniform: NDArray[np.float32]
+
+    @staticmethod
+    def of(samplers: Sequence[Sampler]) -> Choices:
+        """The next choice of each sampler."""
+        hows = [sampler.how for sampler in samplers]
+        return Choices(
+            temperature=np.array([how.temperature for how in hows], np.float32),
+            top_k=np.array([how.top_k for how in hows], np.int32),
+            top_p=np.array([how.top_p for how in hows], np.float32),
+            uniform=np.array([sampler.uniform() for sampler in samplers], np.float32),
+        )
+
+
+def candidates(
     logits: NDArray[np.float32], how: Sampling
 ) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
     """Token ids that may be chosen and their weights, likeliest first where top_k or top_p cut."""

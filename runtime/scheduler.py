@@ -10,6 +10,7 @@ wait for memory or be evicted; pages cost no memory before they are written.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from .. import errors
@@ -65,10 +66,20 @@ class Scheduler:
 
     def postprocess(self, chunks: list[Chunk], logits: Logits) -> None:
         """Hand the rows ``[R, vocab]`` of a step to its requests; finished ones leave."""
+        for request, rows in self._advance(chunks):
+            request.take(logits[rows])
+
+    def accept(self, chunks: list[Chunk], tokens: Sequence[int]) -> None:
+        """The same where the step chose the tokens ``[R]``."""
+        for request, rows in self._advance(chunks):
+            request.accept(tokens[rows])
+
+    def _advance(self, chunks: list[Chunk]) -> Iterator[tuple[Request, slice]]:
+        """Each request of a step and its rows, which the caller hands to it."""
         start = 0
         for request, size, rows in chunks:
             request.computed += size
-            request.take(logits[start : start + rows])
+            yield request, slice(start, start + rows)
             start += rows
             if request.done:
                 self.cancel(request)

@@ -8,21 +8,25 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import TracebackType
-from typing import Literal, NamedTuple, TypeAlias, cast
+from typing import Literal, NamedTuple, Protocol, TypeAlias, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import errors
 from .artifact import Artifact
+from .batch import Batch
 from .cache import PagePool
 from .cpu import CpuExecutor
+from .layout import Layout
+from .manifest import Target
 from .requests import Completion, Request, Scoring
-from .sampling import Sampler, Sampling
+from .sampling import Choices, Sampler, Sampling
 from .scheduler import Scheduler
 from .tokenizer import TextStream, Tokenizer, special_ids
 
 Prompt: TypeAlias = str | Sequence[int]
+DeviceChoice: TypeAlias = Literal["auto", "cpu", "cuda"]
 TOKENIZER = "tokenizer/tokenizer.json"
 
 
@@ -51,12 +55,38 @@ class Piece(NamedTuple):
     token: int
 
 
+class Executor(Protocol):
+    """What runs batches of a model on one device, with a cache of ``pages`` pages."""
+
+    layout: Layout
+    target: Target
+    pages: int
+
+    def run(self, batch: Batch) -> NDArray[np.float32]:
+        """Logits ``[rows, vocab]``, valid until the next run."""
+
+    def time_steps(self, batch: Batch) -> list[float]:
+        """Seconds of every step of the plan by itself."""
+
+    def close(self) -> None:
+        """Free everything; harmless when repeated."""
+
+
+@runtime_checkable
+class Chooser(Protocol):
+    """An executor that chooses tokens where the logits are."""
+
+    def choose(self, batch: Batch, choices: Choices) -> NDArray[np.int32]:
+        """A token for each row of logits."""
+
+
 class Session:
     """An artifact, loaded and ready.  A context manager; one caller at a time.
 
-    ``threads`` defaults to the cores that the process may use; ``cache_tokens`` is the room for all
-    sequences together (default: see runtime.cpu.default_cache_tokens); ``verify`` compares every
-    file with its hash first.  Raises what Artifact.open and CpuExecutor raise.
+    ``device`` is where it runs: ``auto`` takes a GPU if the artifact has kernels for one and the machine
+    has one.  ``threads`` (of a CPU) default to the cores that the process may use; ``cache_tokens`` is the
+    room for all sequences together (default: see runtime.cpu.default_cache_tokens); ``verify`` compares
+    every file with its hash first.  Raises what Artifact.open and the executors raise.
 
     >>> with Session("model.tm") as session:                  # doctest: +SKIP
     ...     print(session.generate("def main():", max_new_tokens=32)[0].text)
@@ -68,12 +98,13 @@ class Session:
         threads: int | None = None,
         cache_tokens: int | None = None,
         verify: bool = True,
+        device: DeviceChoice = "auto",
     ) -> None:
         _require_positive("threads", threads)
         _require_positive("cache_tokens", cache_tokens)
         opened = artifact if isinstance(artifact, Artifact) else Artifact.open(artifact, verify)
         self.artifact = opened
-        self._executor: CpuExecutor | None = CpuExecutor(opened, threads, cache_tokens)
+        self._executor: Executor | None = open_executor(opened, device, threads, cache_tokens)
         self._layout = self._executor.layout
         pool = PagePool(self._executor.pages)
         self._scheduler = Scheduler(self._layout.tokens, self._layout.rows, pool)
@@ -204,15 +235,20 @@ class Session:
 
     def _step(self) -> None:
         batch, chunks = self._scheduler.schedule()
-        logits = self._open_executor().run(batch)
-        self._scheduler.postprocess(chunks, logits)
+        executor = self._open_executor()
+        samplers = [chunk.request.sampler for chunk in chunks if chunk.rows]
+        if samplers and all(samplers) and isinstance(executor, Chooser):
+            tokens = executor.choose(batch, Choices.of([s for s in samplers if s]))
+            self._scheduler.accept(chunks, tokens.tolist())
+        else:
+            self._scheduler.postprocess(chunks, executor.run(batch))
 
     def _pieces(self, request: Completion) -> Iterator[Piece]:
         for _ in self.drive([request]):
             while request.pieces:
                 yield Piece(*request.pieces.popleft())
 
-    def _open_executor(self) -> CpuExecutor:
+    def _open_executor(self) -> Executor:
         if self._executor is None:
             raise errors.BadRequest(reason="the session is closed", advice="open a new Session")
         return self._executor
@@ -286,6 +322,29 @@ def _as_ids(tokens: Sequence[int]) -> list[int]:
     except (AttributeError, TypeError) as error:
         reason = "a prompt is neither a text nor a list of token ids"
         raise errors.BadRequest(reason=reason, advice="pass str or whole numbers") from error
+
+
+def open_executor(
+    artifact: Artifact, device: DeviceChoice, threads: int | None, cache_tokens: int | None
+) -> Executor:
+    """The executor for ``device``; raises BadRequest for another word, and what executors raise."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise errors.BadRequest(reason=f"no device {device!r}", advice="use auto, cpu or cuda")
+    devices = {target.device for target in artifact.targets}
+    if device == "cpu" or (device == "auto" and "cuda" not in devices):
+        return CpuExecutor(artifact, threads, cache_tokens)
+    # Only who runs on a GPU pays for the import of torch.
+    from .cuda import CudaDevice, available
+    from .gpu import GpuExecutor
+
+    if device == "auto" and "cpu" in devices:
+        if not available():
+            return CpuExecutor(artifact, threads, cache_tokens)
+        try:
+            return GpuExecutor(artifact, CudaDevice(), cache_tokens)
+        except errors.ForeignTarget:  # there is a card, of another architecture
+            return CpuExecutor(artifact, threads, cache_tokens)
+    return GpuExecutor(artifact, CudaDevice(), cache_tokens)
 
 
 def _require_positive(name: str, value: int | None) -> None:

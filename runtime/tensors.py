@@ -30,6 +30,7 @@ ALIGN = 64
 # Our name of a dtype -> its name in safetensors, and the numpy dtype that carries its bits.
 DTYPES: dict[str, tuple[str, str]] = {
     "f32": ("F32", "<f4"),
+    "f16": ("F16", "<f2"),
     "bf16": ("BF16", "<u2"),
     "e4m3": ("F8_E4M3", "u1"),
     "i8": ("I8", "i1"),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from ...ir.plan import Attend
+from ..text import fill
 from .cache_write import cache_type, math_type
 from .expr import literal
-from .text import fill, signature
+from .text import signature
 
 HEADER = "attention.h"
 

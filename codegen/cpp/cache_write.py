@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ...ir.cache import CacheSpec
 from ...ir.plan import CacheWrite
-from .text import fill, signature
+from ..text import fill
+from .text import signature
 
 HEADER = "cache.h"
 

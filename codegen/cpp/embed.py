@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ...ir.plan import Embed
-from .text import fill, storage_type
+from ..text import fill
+from .text import storage_type
 
 HEADER = "simd.h"
 

@@ -10,6 +10,7 @@ from importlib.resources import files
 from types import ModuleType
 
 from ...ir.plan import DTYPE_BYTES, Extern, KernelSpec, Operand, Plan
+from ..text import call, fill, symbols
 from . import (
     attend,
     cache_write,
@@ -25,7 +26,6 @@ from . import (
     tiles,
 )
 from .target import CpuTarget
-from .text import call, fill
 
 EMITTERS: dict[str, ModuleType] = {
     "embed": embed,
@@ -54,32 +54,19 @@ ROWS = {"tokens": "a.tokens", "rows": "a.rows", "fixed": "1"}
 
 def emit(plan: Plan, target: CpuTarget) -> dict[str, str]:
     """File name -> text, ``step.cpp`` being the one to compile."""
-    symbols = _symbols(plan)
+    names = symbols(plan, EMITTERS)
     sources = {name: _support(name) for name in SUPPORT}
     sources["tiles.h"] = tiles.emit(tiles.TILES[target.name])
     for kind in EMITTERS:
-        kernels = {s: n for s, n in symbols.items() if s.kind == kind}
+        kernels = {s: n for s, n in names.items() if s.kind == kind}
         if kernels:
             sources[f"{kind}_kernels.h"] = _kind_header(kind, kernels)
-    sources["step.cpp"] = _step_file(plan, target, symbols)
+    sources["step.cpp"] = _step_file(plan, target, names)
     return sources
 
 
 def _support(name: str) -> str:
     return files(__package__).joinpath(name).read_text()
-
-
-def _symbols(plan: Plan) -> dict[KernelSpec, str]:
-    """A readable name per kernel; specs that differ in something the name omits get a number."""
-    symbols: dict[KernelSpec, str] = {}
-    used: dict[str, int] = {}
-    for spec in plan.specs:
-        if isinstance(spec, Extern):
-            continue
-        base = EMITTERS[spec.kind].symbol(spec)
-        used[base] = used.get(base, 0) + 1
-        symbols[spec] = base if used[base] == 1 else f"{base}_v{used[base]}"
-    return symbols
 
 
 def _kind_header(kind: str, kernels: dict[KernelSpec, str]) -> str:
@@ -89,23 +76,23 @@ def _kind_header(kind: str, kernels: dict[KernelSpec, str]) -> str:
     return fill(KIND_HEADER, about=about, header=module.HEADER, body=body)
 
 
-def _step_file(plan: Plan, target: CpuTarget, symbols: dict[KernelSpec, str]) -> str:
-    kinds = [k for k in EMITTERS if any(s.kind == k for s in symbols)]
+def _step_file(plan: Plan, target: CpuTarget, names: dict[KernelSpec, str]) -> str:
+    kinds = [k for k in EMITTERS if any(s.kind == k for s in names)]
     return fill(
         STEP_FILE,
         vector_bytes=target.vector_bytes,
         isa=target.isa,
         max_rows=max(plan.capacity.tokens, plan.capacity.rows, 1),
         includes="\n".join(f'#include "{kind}_kernels.h"' for kind in kinds),
-        shared=_largest(symbols, "SHARED"),
-        local=_largest(symbols, "LOCAL"),
-        cases=_cases(plan, symbols),
+        shared=_largest(names, "SHARED"),
+        local=_largest(names, "LOCAL"),
+        cases=_cases(plan, names),
         externs=_extern_checks(plan),
     )
 
 
-def _largest(symbols: dict[KernelSpec, str], constant: str) -> str:
-    sizes = ["0", *(f"{name}::{constant}" for name in symbols.values())]
+def _largest(names: dict[KernelSpec, str], constant: str) -> str:
+    sizes = ["0", *(f"{name}::{constant}" for name in names.values())]
     return call(f"constexpr size_t {constant}_BYTES = largest({{", sizes, "});")
 
 
@@ -114,7 +101,7 @@ def _extern_checks(plan: Plan) -> str:
     return "\n".join(f"if (first <= {i} && {i} < last) return 1;" for i in at)
 
 
-def _cases(plan: Plan, symbols: dict[KernelSpec, str]) -> str:
+def _cases(plan: Plan, names: dict[KernelSpec, str]) -> str:
     """The switch over steps, each under its place in the user's model."""
     pointers = _pointers(plan)
     lines: list[str] = []
@@ -124,7 +111,7 @@ def _cases(plan: Plan, symbols: dict[KernelSpec, str]) -> str:
             lines.append(f"// {index}: {step.spec.op} runs in torch ({where})")
             continue
         args = [_argument(plan, pointers, step.bind[p]) for p in step.spec.params]
-        head = f"  {symbols[step.spec]}::run("
+        head = f"  {names[step.spec]}::run("
         lines.append(f"case {index}:  // {where}")
         lines.append(call(head, ["th", ROWS[step.rows], *args], ");", indent=6))
         lines.append("  return;")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ...ir.plan import Experts
+from ..text import fill, format_name
 from .expr import vector_code
-from .text import fill, format_name, signature, weight_params, weight_parts, weight_type
+from .text import signature, weight_params, weight_parts, weight_type
 
 HEADER = "matmul.h"
 

@@ -7,9 +7,10 @@ w_uv (sum p c).  Expanded (one head at a time, all queries of the chunk): k = [w
 from __future__ import annotations
 
 from ...ir.plan import LatentAttend
+from ..text import fill
 from .cache_write import cache_type, math_type, spans
 from .expr import literal
-from .text import fill, signature, weight_params, weight_parts, weight_type
+from .text import signature, weight_params, weight_parts, weight_type
 
 HEADER = "attention.h"
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ...ir.plan import Norm
+from ..text import fill
 from .expr import literal
-from .text import fill, signature
+from .text import signature
 
 HEADER = "simd.h"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...ir.plan import Rope
-from .text import fill
+from ..text import fill
 
 HEADER = "simd.h"
 

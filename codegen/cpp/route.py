@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from ...ir.plan import Route
 from ...ir.router import RouterSpec
+from ..text import fill
 from .expr import literal
-from .text import fill, signature
+from .text import signature
 
 HEADER = "route.h"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ...errors import BadRecipe
 
@@ -27,6 +28,10 @@ class CpuTarget:
     flags: tuple[str, ...]
     zig_cpu: str
     features: tuple[str, ...] = ()
+
+    @property
+    def device(self) -> Literal["cpu"]:
+        return "cpu"
 
     @property
     def isa(self) -> str:

@@ -1,49 +1,9 @@
-"""What the kernel emitters share: templates, names of formats, comment headers."""
+"""What the C++ emitters share: how kernels take their operands, and the types of weights."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from string import Template
-from textwrap import dedent
-
 from ...ir import quant
-
-WIDTH = 100  # columns of emitted text
-
-
-def fill(template: str, **names: object) -> str:
-    """Put ``names`` for ``$name`` in C++ text.
-
-    A name alone on its line may stand for several lines, which get its indentation, or for none, and
-    then the line goes.
-    """
-    lines: list[str] = []
-    for line in dedent(template).strip("\n").split("\n"):
-        key = line.strip().removeprefix("$")
-        if line.strip() == f"${key}" and key in names:
-            indent = line[: len(line) - len(line.lstrip())]
-            block = str(names[key]).rstrip("\n")
-            lines += [indent + part if part else "" for part in block.split("\n")] if block else []
-        else:
-            lines.append(Template(line).substitute({k: str(v) for k, v in names.items()}))
-    return "\n".join(lines) + "\n"
-
-
-def call(head: str, args: Sequence[str], tail: str, indent: int = 0) -> str:
-    """``head`` + comma-separated ``args`` + ``tail``, further lines aligned with the first argument.
-
-    >>> print(call("f(", ["a" * 50, "b" * 50], ");"))
-    f(aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa,
-      bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb);
-    """
-    lines = [head]
-    for arg, end in zip(args, [", "] * (len(args) - 1) + [tail], strict=True):
-        full = len(lines[-1] + arg + end.rstrip()) + indent > WIDTH
-        if full and len(lines[-1]) > len(head):
-            lines[-1] = lines[-1].rstrip()
-            lines.append(" " * len(head))
-        lines[-1] += arg + end
-    return "\n".join(lines)
+from ..text import call
 
 
 def signature(*params: str) -> str:
@@ -70,11 +30,6 @@ def weight_parts(fmt: str, prefix: str = "") -> str:
     """The first two members of a ``Weight``: values, scale."""
     parts = quant.parse(fmt).parts
     return f"{prefix}{parts[0]}, " + (f"{prefix}{parts[1]}" if len(parts) > 1 else "nullptr")
-
-
-def format_name(fmt: str) -> str:
-    """A format in a symbol: ``int4-g32`` -> ``int4_g32``."""
-    return fmt.replace("-", "_")
 
 
 def storage_type(fmt: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .text import fill
+from ..text import fill
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from tokenmill.ir.cache import CacheSpec
 from tokenmill.ir.plan import (
     Attend,
@@ -27,6 +28,8 @@ from tokenmill.ir.plan import (
     Step,
 )
 from tokenmill.ir.router import RouterSpec
+
+from .harness import DTYPES, weights_of
 
 VOCAB, HIDDEN, POSITIONS = 50, 40, 256
 CAPACITY = Capacity(tokens=80, rows=4)
@@ -61,11 +64,18 @@ class _Builder:
                 cache = replace(spec.cache, name=bound[param].buffer)
                 if cache not in self.caches:
                     self.caches.append(cache)
-                self.buffers[cache.name] = Buffer(cache.name, "cache", "u8")
+                self.buffers[cache.name] = Buffer(cache.name, "cache", "u8", width=cache.row_bytes)
             elif param not in bound:
-                self.buffers[f"{where}.{param}"] = Buffer(f"{where}.{param}", "weight", "")
+                dtype = weight_dtype(spec, param)
+                self.buffers[f"{where}.{param}"] = Buffer(f"{where}.{param}", "weight", dtype)
                 bound[param] = Operand(f"{where}.{param}")
         self.steps.append(Step(spec, bound, rows, where))
+
+
+def weight_dtype(spec: KernelSpec, param: str) -> str:
+    """What a plan calls the dtype of a weight."""
+    weights = weights_of(spec, torch.Generator().manual_seed(0), "cuda")
+    return next(name for name, dtype in DTYPES.items() if dtype == weights[param].dtype)
 
 
 def decoder_plan() -> Plan:

@@ -1,4 +1,4 @@
-"""Kernels under test: a plan of independent steps, its library through ctypes, its reference in torch.
+"""Kernels under test: a plan of independent steps, something that runs it, its reference in torch.
 
 Every activation sits in the arena at an odd column of a wider buffer, and outputs are poisoned with NaN,
 so that a kernel that ignores a pitch or leaves an element unwritten shows.
@@ -11,10 +11,12 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from tokenmill import codegen
-from tokenmill.codegen import build, reference
+from tokenmill.codegen import reference
+from tokenmill.codegen.cpp import build
 from tokenmill.codegen.cpp.target import parse_target
 from tokenmill.ir import cache, packing, quant
 from tokenmill.ir.cache import PAGE, Batch, CacheSpec
@@ -23,6 +25,7 @@ from tokenmill.ir.plan import (
     Buffer,
     CacheWrite,
     Capacity,
+    Device,
     Embed,
     Experts,
     KernelSpec,
@@ -41,18 +44,31 @@ from torch import Tensor
 CAPACITY = Capacity(tokens=200, rows=16)
 COLUMN, PITCH_EXTRA = 3, 8
 PAGES = 24
+DTYPES = {
+    "f32": torch.float32,
+    "bf16": torch.bfloat16,
+    "f16": torch.float16,
+    "e4m3": torch.float8_e4m3fn,
+    "i8": torch.int8,
+    "u8": torch.uint8,
+    "i32": torch.int32,
+}
 
 
-def weights_of(spec: KernelSpec, rng: torch.Generator) -> dict[str, Tensor]:
-    """Random weight operands of a kernel."""
+def weights_of(spec: KernelSpec, rng: torch.Generator, device: Device = "cpu") -> dict[str, Tensor]:
+    """Random weight operands of a kernel, in the order of ``device``."""
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=rng)
 
-    def panels(fmt: str, *shape: int, prefix: str = "", parts: int = 1) -> dict[str, Tensor]:
-        weight = quant.quantize(randn(*shape) * shape[-1] ** -0.5, quant.parse(fmt))
-        packed = packing.pack(weight, quant.parse(fmt), parts)
-        return {prefix + name: part for name, part in packed.items()}
+    def matrix(name: str, *shape: int, prefix: str = "", parts: int = 1) -> dict[str, Tensor]:
+        fmt = quant.parse(name)
+        packed = quant.quantize(randn(*shape) * shape[-1] ** -0.5, fmt)
+        if device == "cpu":
+            packed = packing.pack(packed, fmt, parts)
+        elif fmt.group:
+            packed["q"] = packing.pack_halves(packed["q"])
+        return {prefix + part: tensor for part, tensor in packed.items()}
 
     match spec:
         case Embed():
@@ -61,7 +77,7 @@ def weights_of(spec: KernelSpec, rng: torch.Generator) -> dict[str, Tensor]:
             wanted = {"weight": spec.weight, "bias": spec.bias}
             return {name: randn(spec.width) for name, there in wanted.items() if there}
         case Linear():
-            out = panels(spec.format, spec.parts * spec.n, spec.k, parts=spec.parts)
+            out = matrix(spec.format, spec.parts * spec.n, spec.k, parts=spec.parts)
             out |= {"bias": randn(spec.parts * spec.n)} if spec.bias else {}
             return out | {
                 f"e{i}": randn(spec.n) for i, k in enumerate(spec.extras) if k == "channel"
@@ -74,18 +90,19 @@ def weights_of(spec: KernelSpec, rng: torch.Generator) -> dict[str, Tensor]:
         case LatentAttend():
             up, fmt = (spec.heads, spec.nope, spec.latent), quant.parse(spec.up_format)
             w_uk = quant.quantize(randn(*up) * spec.latent**-0.5, fmt)
-            turned = w_uk.pop(fmt.parts[0]).transpose(-1, -2)
-            w_uk[fmt.parts[0]] = packing.pack_part(fmt.parts[0], turned, fmt, spec.latent)
+            if device == "cpu":
+                turned = w_uk.pop(fmt.parts[0]).transpose(-1, -2)
+                w_uk[fmt.parts[0]] = packing.pack_part(fmt.parts[0], turned, fmt, spec.latent)
             out = {f"w_uk_{name}": part for name, part in w_uk.items()}
             down = (spec.heads, spec.value, spec.latent)
-            return out | panels(spec.up_format, *down, prefix="w_uv_")
+            return out | matrix(spec.up_format, *down, prefix="w_uv_")
         case Route():
             return {"bias": randn(spec.experts)} if spec.router.bias else {}
         case Experts():
             parts = 2 if spec.gated else 1
             up = (spec.experts, parts * spec.inter, spec.hidden)
             down = (spec.experts, spec.hidden, spec.inter)
-            return panels(spec.gate_up_format, *up, prefix="gate_up_", parts=parts) | panels(
+            return matrix(spec.gate_up_format, *up, prefix="gate_up_", parts=parts) | matrix(
                 spec.down_format, *down, prefix="down_"
             )
     return {}
@@ -125,34 +142,32 @@ def load_library(binary: bytes) -> ctypes.CDLL:
 
 @dataclass
 class Kernels:
-    """A built plan whose step ``i`` runs ``specs[i]`` alone on buffers of its own."""
+    """A plan whose step ``i`` runs ``specs[i]`` alone on buffers of its own; subclasses execute it."""
+
+    device: ClassVar[Device]
 
     specs: Sequence[KernelSpec]
-    target: str = "cpu"
-    in_place: Mapping[KernelSpec, str] = field(
-        default_factory=dict
-    )  # out shares this operand's buffer
+    target: str
+    # Out shares this operand's buffer.
+    in_place: Mapping[KernelSpec, str] = field(default_factory=dict)
+    column: int = COLUMN
     rng: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     def __post_init__(self) -> None:
-        self.weights = [weights_of(spec, self.rng) for spec in self.specs]
-        self.plan = _plan(self.specs, self.weights, self.in_place)
+        self.weights = [weights_of(spec, self.rng, self.device) for spec in self.specs]
+        self.plan = self.planned(
+            _plan(self.specs, self.weights, self.in_place, self.column, self.device)
+        )
         self.caches = {c.name: cache.allocate(c, PAGES) for c in self.plan.caches}
         self.arena = aligned(self.plan.arena_bytes)
         self.files = codegen.emit(self.plan, self.target)
-        self.library = load_library(build.build_cpu(self.files, parse_target(self.target)))
-        self.pools: dict[int, tuple[ctypes.c_void_p, Tensor]] = {}
 
-    def pool(self, threads: int) -> tuple[ctypes.c_void_p, Tensor]:
-        """A pool with its workspace, which starts as NaN."""
-        if threads not in self.pools:
-            pool = ctypes.c_void_p(self.library.tm_pool_create(threads))
-            self.pools[threads] = pool, aligned(self.library.tm_workspace_bytes(threads))
-        return self.pools[threads]
+    def planned(self, plan: Plan) -> Plan:
+        return plan
 
-    def close(self) -> None:
-        for pool, _ in self.pools.values():
-            self.library.tm_pool_destroy(pool)
+    def execute(self, index: int, batch: Batch, ids: Tensor, rows: Tensor, threads: int) -> None:
+        """Run one step on the arena."""
+        raise NotImplementedError
 
     def index(self, spec: KernelSpec) -> int:
         return list(self.specs).index(spec)
@@ -164,10 +179,9 @@ class Kernels:
         """The columns of an activation in the arena."""
         step = self.plan.steps[self.index(spec)]
         buffer = self.plan.buffers[step.bind[param].buffer]
-        dtype = torch.int32 if buffer.dtype == "i32" else torch.float32
-        whole = self.arena[buffer.offset :].view(dtype)[: rows * buffer.width]
+        whole = self.arena[buffer.offset :].view(DTYPES[buffer.dtype])[: rows * buffer.width]
         width = reference.operand_width(spec, param)
-        return whole.view(rows, buffer.width)[:, COLUMN : COLUMN + width]
+        return whole.view(rows, buffer.width)[:, self.column : self.column + width]
 
     def run(
         self,
@@ -188,10 +202,7 @@ class Kernels:
             if name in step.bind and self.plan.buffers[step.bind[name].buffer].kind == "arena":
                 self.operand(spec, name, len(value))[:] = value
         before = self.arena.clone()
-        args, keep = self._args(batch, ids, selected, threads)
-        code = self.library.tm_run(self.pool(threads)[0], ctypes.byref(args), index, index + 1)
-        assert code == 0
-        assert keep
+        self.execute(index, batch, ids, selected, threads)
         names = outputs_of(spec)
         out = {n: self.operand(spec, n, extent).clone() for n in names}
         after, self.arena = self.arena, before
@@ -209,14 +220,49 @@ class Kernels:
         rows: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The same by the torch reference."""
+        bind = self.plan.steps[self.index(spec)].bind
         operands = {**self.weights[self.index(spec)], **inputs}
+        for name in inputs:  # as the arena holds it
+            if name in bind and (buffer := self.plan.buffers[bind[name].buffer]).kind == "arena":
+                operands[name] = inputs[name].to(DTYPES[buffer.dtype])
         if f"{self.index(spec)}.cache" in self.caches:
             operands["cache"] = self.cache_of(spec)
         if isinstance(spec, SelectRows) and rows is not None:
             operands["index"] = rows
         if isinstance(spec, Pointwise):
             operands["out"] = torch.empty(len(batch.positions), spec.width)
-        return reference.run(spec, operands, batch)
+        return reference.run(spec, operands, batch, self.device)
+
+
+@dataclass
+class CpuKernels(Kernels):
+    """The plan's library, through ctypes."""
+
+    device: ClassVar[Device] = "cpu"
+
+    target: str = "cpu"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.library = load_library(build.build_cpu(self.files, parse_target(self.target)))
+        self.pools: dict[int, tuple[ctypes.c_void_p, Tensor]] = {}
+
+    def pool(self, threads: int) -> tuple[ctypes.c_void_p, Tensor]:
+        """A pool with its workspace, which starts as NaN."""
+        if threads not in self.pools:
+            pool = ctypes.c_void_p(self.library.tm_pool_create(threads))
+            self.pools[threads] = pool, aligned(self.library.tm_workspace_bytes(threads))
+        return self.pools[threads]
+
+    def close(self) -> None:
+        for pool, _ in self.pools.values():
+            self.library.tm_pool_destroy(pool)
+
+    def execute(self, index: int, batch: Batch, ids: Tensor, rows: Tensor, threads: int) -> None:
+        args, keep = self._args(batch, ids, rows, threads)
+        code = self.library.tm_run(self.pool(threads)[0], ctypes.byref(args), index, index + 1)
+        assert code == 0
+        assert keep
 
     def _args(
         self, batch: Batch, ids: Tensor, rows: Tensor, threads: int
@@ -253,6 +299,8 @@ def _plan(
     specs: Sequence[KernelSpec],
     weights: Sequence[dict[str, Tensor]],
     in_place: Mapping[KernelSpec, str],
+    column: int,
+    device: Device,
 ) -> Plan:
     buffers: dict[str, Buffer] = {n: Buffer(n, "input", "i32") for n in ("ids", "rows")}
     caches: list[CacheSpec] = []
@@ -262,7 +310,10 @@ def _plan(
         rows = "rows" if isinstance(spec, SelectRows) else "tokens"
         bind: dict[str, Operand] = {}
         for name, tensor in parts.items():
-            buffers[f"{i}.{name}"] = Buffer(f"{i}.{name}", "weight", "", shape=tuple(tensor.shape))
+            dtype = next(n for n, torch_dtype in DTYPES.items() if torch_dtype == tensor.dtype)
+            buffers[f"{i}.{name}"] = Buffer(
+                f"{i}.{name}", "weight", dtype, shape=tuple(tensor.shape)
+            )
         for param in spec.params:
             name = f"{i}.{param}"
             if param in parts:
@@ -273,16 +324,19 @@ def _plan(
                 bind[param] = bind[in_place[spec]]
             elif param == "cache":
                 caches.append(replace(spec.cache, name=name))
-                buffers[name] = Buffer(name, "cache", "u8")
+                buffers[name] = Buffer(name, "cache", "u8", width=spec.cache.row_bytes)
                 bind[param] = Operand(name)
             else:
-                width = reference.operand_width(spec, param) + PITCH_EXTRA
+                width = -(-reference.operand_width(spec, param) // 8) * 8 + PITCH_EXTRA
                 dtype = "i32" if param == "ids" else "f32"
                 buffers[name] = Buffer(name, "arena", dtype, rows, width, offset=offset)
                 offset += -(-CAPACITY.tokens * width * 4 // 64) * 64
-                bind[param] = Operand(name, COLUMN)
+                bind[param] = Operand(name, column)
         steps.append(Step(spec, bind, rows, f"layer {i}"))
-    return Plan(buffers, tuple(steps), tuple(caches), CAPACITY, offset, "", 1, 1)
+    positions = PAGES * PAGE
+    return Plan(
+        buffers, tuple(steps), tuple(caches), CAPACITY, offset, "", 1, positions, device=device
+    )
 
 
 def batch_of(*sequences: tuple[int, int]) -> Batch:

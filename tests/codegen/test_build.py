@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from tokenmill import codegen
-from tokenmill.codegen import build
+from tokenmill.codegen.cpp import build
 from tokenmill.codegen.cpp.target import host_target
 from tokenmill.errors import BuildFailed, CompilerMissing, CrossCompilerMissing
 from tokenmill.ir.plan import Capacity, Plan

@@ -13,7 +13,7 @@ from tokenmill import codegen
 from tokenmill.codegen.cpp.emit import EMITTERS, SUPPORT
 from tokenmill.codegen.cpp.expr import vector_code
 from tokenmill.codegen.cpp.target import TARGETS, host_target, parse_target
-from tokenmill.codegen.cpp.text import fill
+from tokenmill.codegen.text import fill
 from tokenmill.errors import BadRecipe
 from tokenmill.ir.expr import FUNCTIONS
 from tokenmill.ir.plan import KINDS

@@ -29,7 +29,7 @@ from tokenmill.ir.plan import (
 )
 from tokenmill.ir.router import RouterSpec
 
-from .harness import Kernels, batch_of, inputs_of
+from .harness import CpuKernels, batch_of, inputs_of
 
 SWIGLU = "silu(acc0) * acc1"
 LINEARS = (
@@ -160,14 +160,14 @@ PORTABLE: tuple[KernelSpec, ...] = (
 
 
 @pytest.fixture(scope="module")
-def kernels() -> Iterator[Kernels]:
-    built = Kernels(SPECS, "cpu", IN_PLACE)
+def kernels() -> Iterator[CpuKernels]:
+    built = CpuKernels(SPECS, "cpu", IN_PLACE)
     yield built
     built.close()
 
 
 def check(
-    kernels: Kernels,
+    kernels: CpuKernels,
     spec: KernelSpec,
     sequences: tuple[tuple[int, int], ...],
     threads: int = 1,
@@ -224,7 +224,7 @@ PER_BATCH = (
 @pytest.mark.parametrize("sequences", BATCHES.values(), ids=BATCHES)
 @pytest.mark.parametrize("spec", PER_BATCH, ids=str)
 def test_matches_reference(
-    kernels: Kernels, spec: KernelSpec, sequences: tuple[tuple[int, int], ...]
+    kernels: CpuKernels, spec: KernelSpec, sequences: tuple[tuple[int, int], ...]
 ) -> None:
     check(kernels, spec, sequences)
 
@@ -234,7 +234,7 @@ def test_matches_reference(
 def test_narrower_targets_match_too(target: str) -> None:
     if not cpu_features().issuperset(parse_target(target).features):
         pytest.skip(f"this machine does not run {target}")
-    built = Kernels(PORTABLE, target)
+    built = CpuKernels(PORTABLE, target)
     assert built.library.tm_isa().decode() == target.removeprefix("cpu-")
     for spec in PORTABLE:
         for name in ("none", "decode", "ragged"):
@@ -250,7 +250,7 @@ SEQUENCES = st.lists(
 @given(sequences=SEQUENCES, threads=st.integers(1, 3), seed=st.integers(0, 9))
 @pytest.mark.parametrize("spec", [ATTENDS[4], LATENTS[1], EXPERTS[1], LINEARS[5]], ids=str)
 def test_matches_reference_on_any_batch(
-    kernels: Kernels,
+    kernels: CpuKernels,
     spec: KernelSpec,
     sequences: list[tuple[int, int]],
     threads: int,
@@ -260,7 +260,7 @@ def test_matches_reference_on_any_batch(
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_function_is_the_tables(kernels: Kernels, name: str) -> None:
+def test_function_is_the_tables(kernels: CpuKernels, name: str) -> None:
     special = [
         0.0,
         -0.0,
@@ -294,7 +294,7 @@ def test_function_is_the_tables(kernels: Kernels, name: str) -> None:
 @pytest.mark.parametrize("sequences", BATCHES.values(), ids=BATCHES)
 @pytest.mark.parametrize("spec", WRITES, ids=str)
 def test_cache_rows_are_the_references(
-    kernels: Kernels, spec: CacheWrite, sequences: tuple[tuple[int, int], ...]
+    kernels: CpuKernels, spec: CacheWrite, sequences: tuple[tuple[int, int], ...]
 ) -> None:
     batch = batch_of(*sequences)
     inputs = inputs_of(kernels, spec, batch)
@@ -311,7 +311,7 @@ def test_cache_rows_are_the_references(
     assert torch.equal(got, want)
 
 
-def test_bf16_cache_rounds_like_torch(kernels: Kernels) -> None:
+def test_bf16_cache_rounds_like_torch(kernels: CpuKernels) -> None:
     spec = next(w for w in WRITES if w.format == "bf16")
     batch = batch_of((0, 1))
     odd = [1.00390625, 1.01171875, -1.00390625, 3.4e38, torch.inf, -torch.inf, torch.nan, 1e-40]
@@ -324,7 +324,7 @@ def test_bf16_cache_rounds_like_torch(kernels: Kernels) -> None:
     )
 
 
-def test_select_rows(kernels: Kernels) -> None:
+def test_select_rows(kernels: CpuKernels) -> None:
     spec = COPIES[2]
     batch = batch_of((0, 9))
     inputs = {"x": torch.randn(9, spec.width)}
@@ -336,7 +336,7 @@ def test_select_rows(kernels: Kernels) -> None:
 
 @pytest.mark.parametrize("spec", EXPERTS, ids=str)
 @pytest.mark.parametrize("tokens", [1, 3, 130])
-def test_all_tokens_on_the_same_experts(kernels: Kernels, spec: Experts, tokens: int) -> None:
+def test_all_tokens_on_the_same_experts(kernels: CpuKernels, spec: Experts, tokens: int) -> None:
     batch = batch_of((0, tokens))
     inputs = inputs_of(kernels, spec, batch)
     inputs["ids"][:] = torch.arange(spec.top_k).flip(0) + spec.experts - spec.top_k
@@ -346,7 +346,9 @@ def test_all_tokens_on_the_same_experts(kernels: Kernels, spec: Experts, tokens:
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("spec", LINEARS[:7], ids=str)
-def test_what_is_not_finite_stays_so_in_its_row(kernels: Kernels, spec: Linear, bad: float) -> None:
+def test_what_is_not_finite_stays_so_in_its_row(
+    kernels: CpuKernels, spec: Linear, bad: float
+) -> None:
     """Rounding activations must not turn it into a number."""
     batch = batch_of((0, 3))
     inputs = inputs_of(kernels, spec, batch)
@@ -357,7 +359,7 @@ def test_what_is_not_finite_stays_so_in_its_row(kernels: Kernels, spec: Linear, 
     assert torch.equal(got[[0, 2]], whole[[0, 2]])
 
 
-def test_weights_of_idle_experts_are_not_read(kernels: Kernels) -> None:
+def test_weights_of_idle_experts_are_not_read(kernels: CpuKernels) -> None:
     """Idle experts hold NaN; a kernel that multiplied by zero would show it."""
     spec = EXPERTS[1]
     weights = kernels.weights[kernels.index(spec)]
@@ -375,13 +377,13 @@ def test_weights_of_idle_experts_are_not_read(kernels: Kernels) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 4, 90])
 @pytest.mark.parametrize("spec", IN_PLACE, ids=str)
-def test_out_may_be_an_operand(kernels: Kernels, spec: KernelSpec, tokens: int) -> None:
+def test_out_may_be_an_operand(kernels: CpuKernels, spec: KernelSpec, tokens: int) -> None:
     check(kernels, spec, ((0, tokens),))
 
 
 @pytest.mark.parametrize("spec", [s for s in PER_BATCH if not isinstance(s, Embed)], ids=str)
 @pytest.mark.parametrize("threads", [2, 5])
-def test_threads_do_not_change_a_bit(kernels: Kernels, spec: KernelSpec, threads: int) -> None:
+def test_threads_do_not_change_a_bit(kernels: CpuKernels, spec: KernelSpec, threads: int) -> None:
     batch = batch_of((0, 70), (130, 1), (64, 33), (7, 3), (63, 2))
     inputs = inputs_of(kernels, spec, batch)
     alone = kernels.run(spec, batch, inputs, threads=1)
@@ -393,7 +395,7 @@ def test_threads_do_not_change_a_bit(kernels: Kernels, spec: KernelSpec, threads
 @pytest.mark.parametrize("spec", [*LINEARS, *EXPERTS, *NORMS, *ROUTES, *ATTENDS, *LATENTS], ids=str)
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_a_token_has_the_same_bits_alone_and_in_a_batch(
-    kernels: Kernels, spec: KernelSpec, size: int
+    kernels: CpuKernels, spec: KernelSpec, size: int
 ) -> None:
     """Also: a prompt has the same bits whole and in pieces (within one algorithm of latent attention)."""
     new = 8 if isinstance(spec, LatentAttend) and spec.absorb_below == 9 else 77
@@ -418,7 +420,7 @@ ATTENTIONS = (*ATTENDS, *LATENTS)
 @pytest.mark.parametrize("spec", ATTENTIONS, ids=str)
 @pytest.mark.parametrize("sequences", [((1100, 40),), ((1050, 1), (3, 1)), ((1535, 1),)], ids=str)
 def test_splitting_keys_between_threads_does_not_change_a_bit(
-    kernels: Kernels, spec: Attend | LatentAttend, sequences: tuple[tuple[int, int], ...]
+    kernels: CpuKernels, spec: Attend | LatentAttend, sequences: tuple[tuple[int, int], ...]
 ) -> None:
     """Two threads share spans of keys, five single blocks, one walks all."""
     batch = batch_of(*sequences)
@@ -432,7 +434,7 @@ def test_splitting_keys_between_threads_does_not_change_a_bit(
 
 @pytest.mark.parametrize("spec", ATTENTIONS, ids=str)
 def test_a_long_prompt_has_the_same_bits_in_pieces(
-    kernels: Kernels, spec: Attend | LatentAttend
+    kernels: CpuKernels, spec: Attend | LatentAttend
 ) -> None:
     cut = 8 if isinstance(spec, LatentAttend) and spec.absorb_below == 9 else 90
     whole = batch_of((1000, cut))

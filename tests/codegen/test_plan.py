@@ -9,7 +9,8 @@ from itertools import pairwise
 import pytest
 import torch
 from tokenmill import codegen
-from tokenmill.codegen import build, reference
+from tokenmill.codegen import reference
+from tokenmill.codegen.cpp import build
 from tokenmill.codegen.cpp.target import host_target
 from tokenmill.ir import cache
 from tokenmill.ir.cache import Batch

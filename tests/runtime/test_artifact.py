@@ -18,6 +18,7 @@ import tokenmill.errors as errors
 from safetensors.numpy import load_file
 from tokenmill.runtime import Artifact, Session
 from tokenmill.runtime.artifact import ArtifactWriter, Target, TensorSpec, check_output
+from tokenmill.runtime.cpu import choose_target
 from tokenmill.runtime.manifest import Manifest
 
 
@@ -162,13 +163,17 @@ def test_a_library_must_be_among_the_hashed_files(artifact):
     [
         (Target("cpu", "kernels/cpu-fake", ("avx1024",)), "needs avx1024"),
         (Target("cpu", "kernels/cpu-fake", (), "riscv128"), "is for riscv128"),
-        (Target("cuda-sm90", "kernels/cpu-fake"), "not for a CPU"),
     ],
 )
 def test_foreign_targets(fake, tmp_path, target, reason):
     path = fake.write(tmp_path / "m", target=target)
     with pytest.raises(errors.ForeignTarget, match=reason):
         Session(path)
+
+
+def test_a_gpu_target_does_not_run_on_a_cpu():
+    with pytest.raises(errors.ForeignTarget, match="sm_90 is not for a CPU"):
+        choose_target((Target("sm_90", "kernels/sm_90"),))
 
 
 def test_a_library_that_is_not_one_or_not_the_one_named(fake, tmp_path):

@@ -18,8 +18,8 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..errors import BuildFailed, CompilerMissing, CrossCompilerMissing
-from .cpp.target import CpuTarget
+from ...errors import BuildFailed, CompilerMissing, CrossCompilerMissing
+from .target import CpuTarget
 
 MAIN = "step.cpp"
 LOG_LINES = 40  # the first error is the one that counts

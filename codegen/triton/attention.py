@@ -1,0 +1,131 @@
+"""Device functions that the kernels over the paged cache share.
+
+A tile of attention is some consecutive queries of one sequence with some heads that read the same keys: its
+rows are the pairs (query, head).  A sequence's keys are walked in blocks; where a launch has SPLITS > 1,
+several programs share the blocks of a tile, each leaves what it found with the log-sum-exp of its scores
+(to base 2), and a second kernel joins them.
+"""
+
+import triton
+import triton.language as tl
+
+NOTHING: tl.constexpr = tl.constexpr(float("-inf"))
+
+
+@triton.jit
+def sequence_of(token, starts_ptr, sequences, SEQUENCES: tl.constexpr):
+    """The sequence of a token: as many end at it or before."""
+    b = tl.arange(0, SEQUENCES)
+    ends = tl.load(starts_ptr + 1 + b, b < sequences, 0)
+    return tl.sum(((b < sequences) & (ends <= token)).to(tl.int32), 0)
+
+
+@triton.jit
+def tile_of(at, starts_ptr, sequences, QUERIES: tl.constexpr, SEQUENCES: tl.constexpr):
+    """The sequence of tile ``at``, the tile's first token, and how many it has (none or less: no such tile).
+
+    The tiles of sequence b begin at (starts[b] + b (QUERIES - 1)) // QUERIES: there is room before the next
+    sequence for its ceil(tokens / QUERIES), whatever comes before, and no prefix sum is needed.
+    """
+    b = tl.arange(0, SEQUENCES)
+    begin = (tl.load(starts_ptr + b, b < sequences, 0) + b * (QUERIES - 1)) // QUERIES
+    sequence = tl.sum(((b < sequences) & (begin <= at)).to(tl.int32), 0) - 1
+    start = tl.load(starts_ptr + sequence, sequence >= 0, 0)
+    end = tl.load(starts_ptr + sequence + 1, sequence >= 0, 0)
+    first = start + (at - (start + sequence * (QUERIES - 1)) // QUERIES) * QUERIES
+    return sequence, first, tl.minimum(end - first, QUERIES)
+
+
+@triton.jit
+def blocks_of(
+    first,
+    last,
+    split,
+    WINDOW: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LEAST: tl.constexpr,
+):
+    """The blocks of keys [begin, end) of one split of a tile with queries at positions first .. last.
+
+    Splits take equal shares of LEAST blocks or more, so of a short context only some have any.
+    """
+    begin = 0
+    if WINDOW > 0:
+        begin = tl.maximum(first - WINDOW + 1, 0) // BLOCK
+    end = last // BLOCK + 1
+    if SPLITS > 1:
+        share = tl.maximum(tl.cdiv(end - begin, SPLITS), LEAST)
+        begin += split * share
+        end = tl.minimum(begin + share, end)
+    return begin, end
+
+
+@triton.jit
+def page_of(table_ptr, block, end, BLOCK: tl.constexpr):
+    """The page of a block of keys.  A loop asks for that of its next block, so as never to wait for it."""
+    return tl.load(table_ptr + block * BLOCK // 64, block < end, 0)
+
+
+@triton.jit
+def cache_rows(page, block, BLOCK: tl.constexpr):
+    """Rows of the cache that hold the BLOCK keys of a block, all on one page of 64."""
+    return page.to(tl.int64) * 64 + block % (64 // BLOCK) * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def load_rows(
+    row_ptr, inside, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, MASKED: tl.constexpr
+):
+    """Tile [rows, WIDTH_BLOCK] of the WIDTH numbers at each pointer, with zeros outside."""
+    cols = tl.arange(0, WIDTH_BLOCK)[None, :]
+    at = row_ptr[:, None] + cols
+    if MASKED and WIDTH < WIDTH_BLOCK:
+        tile = tl.load(at, inside[:, None] & (cols < WIDTH), 0)
+    elif MASKED:
+        tile = tl.load(at, inside[:, None], 0)
+    elif WIDTH < WIDTH_BLOCK:
+        tile = tl.load(at, cols < WIDTH, 0)
+    else:
+        tile = tl.load(at)
+    return tile
+
+
+@triton.jit
+def visible(score, keys, positions, WINDOW: tl.constexpr):
+    """``score`` [rows, keys] where a query at its position sees the key, else -inf."""
+    seen = keys[None, :] <= positions[:, None]
+    if WINDOW > 0:
+        seen &= keys[None, :] > positions[:, None] - WINDOW
+    return tl.where(seen, score, NOTHING)
+
+
+@triton.jit
+def softmax_step(score, peak, total, MASKED: tl.constexpr):
+    """One block of an online softmax to base 2: newest peak and total, the weights of the block's keys, and
+    the factor on sums so far.  MASKED: a row may not have seen any key yet."""
+    newest = tl.maximum(peak, tl.max(score, 1))
+    base = newest
+    if MASKED:
+        base = tl.where(newest == NOTHING, 0.0, newest)
+    weight = tl.exp2(score - base[:, None])
+    shrink = tl.exp2(peak - base)
+    return newest, total * shrink + tl.sum(weight, 1), weight, shrink
+
+
+@triton.jit
+def log_total(peak, total):
+    """Log-sum-exp of the scores of each row, -inf where it saw no key."""
+    return tl.where(total == 0.0, NOTHING, peak + tl.log2(total))
+
+
+@triton.jit
+def quantized(x):
+    """INT8 values of tiles [tiles, width] and their scales [tiles, 1], as ir/cache.py has them."""
+    # NaN counts as infinity here, for tl.max would skip it: of either nothing finite is left in the tile.
+    most = tl.max(tl.where(x == x, tl.abs(x), float("inf")), 1, keep_dims=True)
+    scale = tl.div_rn(most, 127.0)
+    ratio = tl.div_rn(x, tl.where(scale == 0.0, 1.0, scale))
+    # The sum has no bits for a fraction: this rounds to nearest, halves to even.
+    whole = (ratio + 12582912.0) - 12582912.0
+    return tl.clamp(whole, -127.0, 127.0).to(tl.int8), scale

@@ -1,0 +1,277 @@
+"""Device functions: products of activations with weights in every format.
+
+A tile is computed as W x^T: decoded weights are then the operand that tensor cores take from registers, and
+few tokens are the short side of the product.  Activations are rounded to bf16.  Weights are bf16 exactly, for
+scales multiply the fp32 sums: once at the end (INT8), or after every group of inputs that shares one (INT4,
+FP8).  FP32 weights meet activations in fp32, and FP8 weights may meet E4M3 ones.
+
+Formats are "fp32", "bf16", "int8", "int4" and "fp8", laid out as ir/quant.py has it, INT4 in halves
+(ir/packing.py): inputs in chunks of 128, the first 64 of a chunk in the low nibbles of its 64 bytes.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_of(
+    program, rows,
+    N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """Which block of rows and of columns a program computes; the former may lie beyond ``rows``.
+
+    Programs that run together share GROUP_M blocks of rows, and so read each block of weights once.
+    """
+    across: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    first = program // (GROUP_M * across) * GROUP_M
+    high = tl.maximum(1, tl.minimum(tl.cdiv(rows, BLOCK_M) - first, GROUP_M))
+    at = program % (GROUP_M * across)
+    # Of the last group, which may be lower, programs from high * across on have nothing to do.
+    return tl.where(at < high * across, first + at % high, tl.cdiv(rows, BLOCK_M)), at // high
+
+
+@triton.jit
+def below(at, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """at < COUNT, for parts of blocks; where blocks fill COUNT, a constant, so that masks vanish."""
+    if (COUNT + BLOCK - 1) // BLOCK * BLOCK == COUNT:
+        return tl.full(at.shape, True, tl.int1)
+    else:
+        return at < COUNT
+
+
+@triton.jit
+def product(
+    x_ptr, rows, inside, w_ptr, scale_ptr, cols, k_begin, k_end,
+    X_PITCH: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """[BM, BN] fp32: the sum over k in [k_begin, k_end) of x[rows, k] W[cols, k], W [N, K].
+
+    ``rows`` [BM] are int64, those that are not ``inside`` count as zeros, and so do ``cols`` [BN] from N on,
+    which are a whole block: BN consecutive numbers from a multiple of BN on.  ``k_begin`` is a multiple of
+    BLOCK_K, and so is ``k_end`` if it is not K.  BLOCK_K is 128 for INT4, and for FP8 it divides 128; FP8 may
+    come as u8, where the architecture does not know it.  Formats without a scale take any ``scale_ptr``.
+    """
+    acc, _ = _products(
+        x_ptr, x_ptr, rows, inside, w_ptr, scale_ptr, cols, k_begin, k_end,
+        X_PITCH, N, K, FORMAT, GROUP, BLOCK_K, False,
+    )  # fmt: skip
+    return tl.trans(acc)
+
+
+@triton.jit
+def product_pair(
+    x_ptr, rows, inside, w_ptr, scale_ptr, cols, k_begin, k_end,
+    X_PITCH: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Two products at once, for W of 2 N rows: with its rows ``cols`` and with its rows N + ``cols``."""
+    acc0, acc1 = _products(
+        x_ptr, x_ptr, rows, inside, w_ptr, scale_ptr, cols, k_begin, k_end,
+        X_PITCH, N, K, FORMAT, GROUP, BLOCK_K, True,
+    )  # fmt: skip
+    return tl.trans(acc0), tl.trans(acc1)
+
+
+@triton.jit
+def product_e4m3(
+    x_ptr, x_scale_ptr, rows, inside, w_ptr, scale_ptr, cols, k_begin, k_end,
+    N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """``product`` of FP8 weights with activations that ``round_e4m3`` left in x and x_scale."""
+    acc, _ = _products(
+        x_ptr, x_scale_ptr, rows, inside, w_ptr, scale_ptr, cols, k_begin, k_end,
+        (K + 127) // 128 * 128, N, K, "fp8", 0, 128, False,
+    )  # fmt: skip
+    return tl.trans(acc)
+
+
+@triton.jit
+def product_pair_e4m3(
+    x_ptr, x_scale_ptr, rows, inside, w_ptr, scale_ptr, cols, k_begin, k_end,
+    N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """``product_pair`` of FP8 weights with activations that ``round_e4m3`` left in x and x_scale."""
+    acc0, acc1 = _products(
+        x_ptr, x_scale_ptr, rows, inside, w_ptr, scale_ptr, cols, k_begin, k_end,
+        (K + 127) // 128 * 128, N, K, "fp8", 0, 128, True,
+    )  # fmt: skip
+    return tl.trans(acc0), tl.trans(acc1)
+
+
+@triton.jit
+def round_e4m3(x_ptr, row, groups, q_ptr, scale_ptr, X_PITCH: tl.constexpr, K: tl.constexpr):
+    """Groups of 128 inputs of a row as E4M3 with a scale: x[row, k] is about q[row, k] scale(row, k / 128).
+
+    Rows of q are padded to whole groups, with zeros.  Scales are [ceil(rows / 128), groups, 128], so that a
+    tile of rows finds those of a group side by side.
+    """
+    GROUPS: tl.constexpr = (K + 127) // 128
+    k = groups[:, None] * 128 + tl.arange(0, 128)[None, :]
+    x = tl.load(x_ptr + row * X_PITCH + k, k < K, 0.0).to(tl.float32)
+    # NaN gives an infinite scale, so that what is not finite stays so.
+    scale = tl.max(tl.where(x == x, tl.abs(x), float("inf")), 1) / 448.0
+    q = x / tl.where(scale == 0.0, 1.0, scale)[:, None]
+    tl.store(q_ptr + row * (GROUPS * 128) + k, q.to(tl.float8e4nv), k < GROUPS * 128)
+    tl.store(scale_ptr + (row // 128 * GROUPS + groups) * 128 + row % 128, scale, groups < GROUPS)
+
+
+@triton.jit
+def _products(
+    x_ptr, x_scale_ptr, rows, inside, w_ptr, scale_ptr, cols, k_begin, k_end,
+    X_PITCH: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr, PAIR: tl.constexpr,
+):  # fmt: skip
+    """The accumulators [BN, BM] of one product, or of two."""
+    BLOCK_M: tl.constexpr = rows.shape[0]
+    BLOCK_N: tl.constexpr = cols.shape[0]
+    acc0 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    acc1 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    # INT4 bytes whose low nibbles share one scale, and whose high nibbles do.
+    STEP: tl.constexpr = 64 if GROUP > 64 else GROUP
+    there = below(cols, N, BLOCK_N)
+    row0 = cols.to(tl.int64)
+    row1 = row0 + N
+    for k0 in range(k_begin, k_end, BLOCK_K):
+        # Scales are asked for first: they arrive while the tiles are waited for.
+        if FORMAT == "int4":
+            tl.static_assert(BLOCK_K == 128, "a block of INT4 is a chunk of 128 inputs")
+            for at in tl.static_range(0, 64, STEP):
+                k = k0 + at
+                scales0 = _int4_scales(scale_ptr, row0, there, k, K, GROUP)
+                if PAIR:
+                    scales1 = _int4_scales(scale_ptr, row1, there, k, K, GROUP)
+                ks = k + tl.arange(0, STEP)
+                low = _inputs(x_ptr, rows, inside, ks, X_PITCH, K, BLOCK_K, FORMAT)
+                high = _inputs(x_ptr, rows, inside, ks + 64, X_PITCH, K, BLOCK_K, FORMAT)
+                byte = k0 // 2 + at + tl.arange(0, STEP)
+                acc0 = _add_int4(acc0, low, high, w_ptr, scales0, row0, there, byte, K, GROUP)
+                if PAIR:
+                    acc1 = _add_int4(acc1, low, high, w_ptr, scales1, row1, there, byte, K, GROUP)
+        else:
+            ks = k0 + tl.arange(0, BLOCK_K)
+            if FORMAT == "fp8":
+                scale0 = _fp8_scales(
+                    x_ptr, x_scale_ptr, rows, inside, scale_ptr, row0, there, k0, K
+                )
+                if PAIR:
+                    scale1 = _fp8_scales(
+                        x_ptr, x_scale_ptr, rows, inside, scale_ptr, row1, there, k0, K
+                    )
+            x = _inputs(x_ptr, rows, inside, ks, X_PITCH, K, BLOCK_K, FORMAT)
+            if FORMAT == "fp8":
+                tl.static_assert(128 % BLOCK_K == 0, "a block of FP8 has one scale")
+                acc0 += _fp8(x, w_ptr, row0, there, ks, K, BLOCK_K) * scale0
+                if PAIR:
+                    acc1 += _fp8(x, w_ptr, row1, there, ks, K, BLOCK_K) * scale1
+            else:
+                acc0 = _add(acc0, x, w_ptr, row0, there, ks, K, BLOCK_K)
+                if PAIR:
+                    acc1 = _add(acc1, x, w_ptr, row1, there, ks, K, BLOCK_K)
+    if FORMAT == "int8":
+        acc0 *= tl.load(scale_ptr + row0, there, 0.0)[:, None]
+        if PAIR:
+            acc1 *= tl.load(scale_ptr + row1, there, 0.0)[:, None]
+    return acc0, acc1
+
+
+@triton.jit
+def _inputs(
+    x_ptr, rows, inside, k,
+    X_PITCH: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, FORMAT: tl.constexpr,
+):  # fmt: skip
+    """x[rows, k] as [k, rows], in the type that it is multiplied in."""
+    mask = inside[None, :] & below(k, K, BLOCK_K)[:, None]
+    x = tl.load(x_ptr + rows[None, :] * X_PITCH + k[:, None], mask, 0.0)
+    if x_ptr.dtype.element_ty == tl.float8e4nv:
+        return x
+    elif FORMAT == "fp32":
+        return x.to(tl.float32)
+    else:
+        return x.to(tl.bfloat16)
+
+
+@triton.jit
+def _weights(w_ptr, row, there, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """W[row, k], for formats that are stored row by row."""
+    mask = there[:, None] & below(k, K, BLOCK_K)[None, :]
+    return tl.load(w_ptr + row[:, None] * K + k[None, :], mask, 0.0)
+
+
+@triton.jit
+def _add(acc, x, w_ptr, row, there, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """acc + W[row, k] x of weights that need no scale, or one at the end."""
+    w = _weights(w_ptr, row, there, k, K, BLOCK_K).to(x.dtype)
+    return tl.dot(w, x, acc, input_precision="ieee")
+
+
+@triton.jit
+def _fp8(x, w_ptr, row, there, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """W[row, k] x without scales."""
+    w = _weights(w_ptr, row, there, k, K, BLOCK_K)
+    if x.dtype == tl.bfloat16:
+        w = decode_fp8(w)
+    return tl.dot(w, x)
+
+
+@triton.jit
+def _fp8_scales(
+    x_ptr, x_scale_ptr, rows, inside, scale_ptr, row, there, k, K: tl.constexpr
+):  # fmt: skip
+    """What sums of products from input k on are multiplied with, as [BN, 1], or [BN, BM] if x is E4M3 too."""
+    GROUPS: tl.constexpr = (K + 127) // 128
+    scale = tl.load(scale_ptr + row // 128 * GROUPS + k // 128, there, 0.0)[:, None]
+    if x_ptr.dtype.element_ty == tl.float8e4nv:
+        at = (rows // 128 * GROUPS + k // 128) * 128 + rows % 128
+        scale *= tl.load(x_scale_ptr + at, inside, 0.0)[None, :]
+    return scale
+
+
+@triton.jit
+def _add_int4(
+    acc, low, high, w_ptr, scales, row, there, byte, K: tl.constexpr, GROUP: tl.constexpr
+):  # fmt: skip
+    """acc + the products of weights in low nibbles with low inputs, and in high nibbles with high ones."""
+    PITCH: tl.constexpr = (K + 127) // 128 * 64
+    q = tl.load(w_ptr + row[:, None] * PITCH + byte[None, :], there[:, None], 0).to(tl.int16)
+    at_low, at_high = scales
+    if GROUP == 128:
+        partial = tl.dot(decode_int4(q & 15), low)
+        return acc + tl.dot(decode_int4(q >> 4), high, partial) * at_low
+    else:
+        acc += tl.dot(decode_int4(q & 15), low) * at_low
+        return acc + tl.dot(decode_int4(q >> 4), high) * at_high
+
+
+@triton.jit
+def _int4_scales(scale_ptr, row, there, k, K: tl.constexpr, GROUP: tl.constexpr):
+    """Scales [BN, 1] of the groups of inputs k and k + 64; padding, all zeros, takes that of the last."""
+    LAST: tl.constexpr = (K - 1) // GROUP
+    scales = scale_ptr + row * (LAST + 1)
+    low = tl.load(scales + tl.minimum(k // GROUP, LAST), there, 0.0).to(tl.float32)[:, None]
+    if GROUP == 128:
+        return low, low
+    else:
+        high = tl.load(scales + tl.minimum((k + 64) // GROUP, LAST), there, 0.0).to(tl.float32)
+        return low, high[:, None]
+
+
+@triton.jit
+def decode_int4(nibbles):
+    """i16 values 0 ... 15 as bf16 -8 ... 7: 0x43vv are the bits of 128 + vv."""
+    return (nibbles | 0x4300).to(tl.bfloat16, bitcast=True) - 136.0
+
+
+@triton.jit
+def decode_fp8(q):
+    """Finite E4M3 numbers, or their bits where the architecture does not know them, as bf16.
+
+    Exponent and fraction in the place of those of a bf16 number give one that is 2^120 times too small, also
+    where they are subnormal.
+    """
+    if q.dtype == tl.uint8:
+        q = q.to(tl.int16)
+        bits = ((q & 0x80) << 8) | ((q & 0x7F) << 4)
+        return bits.to(tl.bfloat16, bitcast=True) * 1.329227995784916e36
+    else:
+        return q.to(tl.float16).to(tl.float32).to(tl.bfloat16)

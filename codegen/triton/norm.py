@@ -1,0 +1,92 @@
+"""Norm: RMS norm or layer norm per row and head, with the residual sum that precedes it."""
+
+from __future__ import annotations
+
+from ...ir.plan import Norm
+from ..text import fill
+from .launch import Group, Site, ceil_div, power_of_2
+
+TILE = 8192  # numbers that one program holds
+
+
+def symbol(spec: Norm) -> str:
+    kind = "layer_norm" if spec.center else "rms_norm"
+    heads = f"_h{spec.heads}" if spec.heads > 1 else ""
+    return f"{kind}{heads}_w{spec.width}" + ("_residual" if spec.residual else "")
+
+
+def emit(spec: Norm, name: str) -> str:
+    channels = [p for p, there in (("weight", spec.weight), ("bias", spec.bias)) if there]
+    kept = ["x", *(["residual"] if spec.residual else [])]
+    pitches = [*kept, *(["sum"] if spec.residual else []), "out"]
+    return fill(
+        TEMPLATE,
+        symbol=name,
+        equation=_equation(spec),
+        pointers=", ".join(f"{p}_ptr" for p in spec.params),
+        pitches=", ".join(f"{p.upper()}_PITCH: tl.constexpr" for p in pitches),
+        heads=spec.heads,
+        width=spec.width,
+        eps=repr(spec.eps),
+        add=ADD_RESIDUAL if spec.residual else "",
+        center=CENTER if spec.center else "",
+        channels="\n".join(
+            f"{p} = tl.load({p}_ptr + cols, cols < WIDTH).to(tl.float32)" for p in channels
+        ),
+        value="x * scale" + " * weight" * spec.weight + " + bias" * spec.bias,
+    )
+
+
+def _equation(spec: Norm) -> str:
+    x = "(x + residual)" if spec.residual else "x"
+    body = f"({x} - mean) / std" if spec.center else f"{x} / rms({x.strip('()')})"
+    return f"out = {body}" + (" * weight" if spec.weight else "") + (" + bias" if spec.bias else "")
+
+
+def launches(site: Site) -> Group:
+    spec = site.spec
+    assert isinstance(spec, Norm)
+    block = power_of_2(spec.width)
+    heads = min(power_of_2(spec.heads), max(1, TILE // 4 // block))
+    rows = [p for p in spec.params if p not in ("weight", "bias")]
+    constants = site.pitches(*rows) | {"HEADS_BLOCK": heads, "BLOCK": block}
+    warps = max(1, min(16, heads * block // 512))
+    grid = (site.rows, ceil_div(spec.heads, heads))
+    return Group((
+        site.launch(site.symbol, grid, [*spec.params, site.count], constants, warps=warps),
+    ))  # fmt: skip
+
+
+ADD_RESIDUAL = """
+x += tl.load(residual_ptr + row * RESIDUAL_PITCH + at, inside, 0.0).to(tl.float32)
+tl.store(sum_ptr + row * SUM_PITCH + at, to(x, sum_ptr), inside)
+"""
+CENTER = """
+mean = tl.sum(x, 1, keep_dims=True) / WIDTH
+x = tl.where(inside, x - mean, 0.0)
+"""
+TEMPLATE = '''
+@triton.jit
+def $symbol(
+    $pointers, count_ptr,
+    $pitches,
+    HEADS_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """$equation; one row, a block of its heads per program."""
+    HEADS: tl.constexpr = $heads
+    WIDTH: tl.constexpr = $width
+    row = tl.program_id(0).to(tl.int64)
+    if row >= tl.load(count_ptr):
+        return
+    heads = (tl.program_id(1) * HEADS_BLOCK + tl.arange(0, HEADS_BLOCK))[:, None]
+    cols = tl.arange(0, BLOCK)[None, :]
+    at = heads * WIDTH + cols
+    inside = (heads < HEADS) & (cols < WIDTH)
+    x = tl.load(x_ptr + row * X_PITCH + at, inside, 0.0).to(tl.float32)
+    $add
+    $center
+    scale = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / WIDTH + $eps)
+    $channels
+    value = $value
+    tl.store(out_ptr + row * OUT_PITCH + at, to(value, out_ptr), inside)
+'''

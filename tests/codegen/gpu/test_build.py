@@ -1,0 +1,235 @@
+"""Cubins are built here, without a GPU: what they are, that they are the same again, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib.resources import files as resources
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from tokenmill.codegen.triton.binary import read_cubin
+from tokenmill.codegen.triton.build import BINARIES, GpuBuild, build_gpu, toolchain
+from tokenmill.codegen.triton.target import TARGETS, parse_target
+from tokenmill.errors import BuildFailed, KernelTooLarge, MissingExtra
+from tokenmill.ir.plan import Device, Embed, Norm, Plan, Pointwise, SelectRows
+from tokenmill.passes.narrow import narrow
+
+from ..harness import Kernels
+
+SPECS = (
+    Norm(96, 1e-6, residual=True),
+    Pointwise(40, "silu(x0) * x1", ("row", "row")),
+    Embed(11, 40, "bf16"),
+    SelectRows(40),
+)
+SUPPORT = "import triton\nimport triton.language as tl\n"
+PRODUCT = '''
+@triton.jit
+def product(x_ptr, w_ptr, out_ptr, K: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+    """out = x w^T, x [M, K], w [N, K]."""
+    m, n, k = tl.arange(0, M)[:, None], tl.arange(0, N), tl.arange(0, BLOCK)
+    out = tl.zeros((M, N), tl.float32)
+    for at in range(0, K, BLOCK):
+        x = tl.load(x_ptr + m * K + at + k[None, :])
+        w = tl.load(w_ptr + n[None, :] * K + at + k[:, None])
+        out = tl.dot(x, w, out)
+    tl.store(out_ptr + m * N + n[None, :], out)
+'''
+
+
+class Emitted(Kernels):
+    """Text for a GPU, which nothing runs."""
+
+    device: ClassVar[Device] = "cuda"
+
+    def planned(self, plan: Plan) -> Plan:
+        return narrow(plan)
+
+
+def emitted(target: str) -> dict[str, str]:
+    return Emitted(SPECS, target, column=0).files
+
+
+def by_hand(text: str, function: str = "product", dtype: str = "*bf16", **constants: int) -> Any:
+    """As if ``text`` had been emitted for two operands of ``dtype``."""
+    binary = {
+        "name": f"{function}.0",
+        "file": "hand_kernels.py",
+        "function": function,
+        "params": [[dtype, True], [dtype, True], ["*fp32", True]],
+        "constants": constants,
+        "warps": 4,
+        "stages": 3,
+    }
+    launch = {"binary": binary["name"], "grid": [1, 1, 1], "args": ["x", "w", "out"]}
+    buckets = [{"tokens": tokens, "steps": [-1, 0]} for tokens in (1, 2)]
+    schedule = {"binaries": [binary], "groups": [[launch]], "buckets": buckets}
+    return {
+        "support.py": SUPPORT,
+        "hand_kernels.py": f"from .support import *\n\n{text}",
+        "schedule.json": json.dumps(schedule),
+    }
+
+
+def tool(name: str, *args: str) -> str:
+    """What a program inside the Triton wheel says."""
+    path = str(resources("triton") / "backends" / "nvidia" / "bin" / name)
+    return subprocess.run([path, *args], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where temporary directories go."""
+    path = tmp_path / "tmp"
+    path.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def hopper() -> GpuBuild:
+    return build_gpu(emitted("sm_90"), parse_target("sm_90"))
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_target_is_built_anywhere(name: str) -> None:
+    files, heard = emitted(name), []
+    built = build_gpu(files, parse_target(name), lambda done, total: heard.append((done, total)))
+    entries = json.loads(files["schedule.json"])["binaries"]
+    assert heard == [(i, len(entries)) for i in range(len(entries) + 1)]
+    assert set(built.files) == {BINARIES} | {
+        f"{entry['name']}.{kind}" for entry in entries for kind in ("cubin", "ptx")
+    }
+    for entry in entries:
+        binary = built.binaries[entry["name"]]
+        assert binary.kernel.encode() + b"\0" in built.files[f"{entry['name']}.cubin"]
+        assert binary.ptx_target.removesuffix("a") == name
+        assert binary.threads == 32 * entry["warps"]
+        assert binary.scratch == [{"bytes": 0, "align": 1}] * 2  # two pointers that may be null
+        assert 8 <= binary.registers <= 64
+        assert not binary.local_bytes
+        assert not binary.tensor_cores
+
+
+def test_same_text_gives_same_bytes(
+    hopper: GpuBuild, tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another directory, with an empty cache, whatever the user has set for Triton."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    for switch in ("DISABLE_PTXAS_OPT", "TRITON_FORCE_DISABLE_FP_FUSION", "TRITON_INTERPRET"):
+        monkeypatch.setenv(switch, "1")
+    again = build_gpu(emitted("sm_90"), parse_target("sm_90"))
+    assert again.files == hopper.files
+    assert (tmp_path / "cache").is_dir()
+    assert not any(str(tmp_path.parent).encode() in data for data in again.files.values())
+
+
+def test_resources_are_what_cuobjdump_says(hopper: GpuBuild, tmp_path: Path) -> None:
+    wide = by_hand(PRODUCT, K=64, M=64, N=512, BLOCK=16)  # 256 sums per thread: some spill
+    spilled = build_gpu(wide, parse_target("sm_80"))
+    for built in (hopper, spilled):
+        for name, binary in built.binaries.items():
+            path = tmp_path / f"{name}.cubin"
+            path.write_bytes(built.files[path.name])
+            said = re.search(r"REG:(\d+) STACK:(\d+)", tool("cuobjdump", "-res-usage", str(path)))
+            assert said is not None
+            assert (binary.registers, binary.local_bytes) == tuple(map(int, said.groups()))
+            params = tool("cuobjdump", "-elf", str(path)).count("EIATTR_KPARAM_INFO")
+            assert read_cubin(path.read_bytes()).params == params
+    (row,) = spilled.facts()
+    assert row["local_bytes"] > 0
+
+
+def test_facts_say_which_buckets_a_binary_serves(hopper: GpuBuild) -> None:
+    rows = hopper.facts()
+    assert [row["binary"] for row in rows] == list(hopper.binaries)
+    assert rows[0]["function"] == "rms_norm_w96_residual"
+    assert rows[0]["buckets"][:3] == [1, 2, 4]
+    assert json.loads(json.dumps(rows)) == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "instruction"),
+    [
+        ("sm_80", "*bf16", "mma bf16"),
+        ("sm_89", "*fp8e4nv", "mma e4m3"),
+        ("sm_90", "*bf16", "wgmma bf16"),
+        ("sm_90", "*fp8e4nv", "wgmma e4m3"),
+        ("sm_100", "*fp8e4nv", "tcgen05 f8f6f4"),
+        ("sm_120", "*fp8e4nv", "mma e4m3"),
+    ],
+)
+def test_tensor_cores_are_named(name: str, dtype: str, instruction: str, tmp_path: Path) -> None:
+    """The PTX says so, and the machine code has the instruction of that name."""
+    files = by_hand(PRODUCT, dtype=dtype, K=128, M=64 if name == "sm_90" else 128, N=32, BLOCK=64)
+    built = build_gpu(files, parse_target(name))
+    (row,) = built.facts()
+    assert row["tensor_cores"] == instruction
+    assert row["buckets"] == [1, 2]
+    path = tmp_path / "product.cubin"
+    path.write_bytes(built.files["product.0.cubin"])
+    mnemonic = {
+        ("mma", False): "HMMA.",
+        ("mma", True): "QMMA.",
+        ("wgmma", False): "HGMMA.",
+        ("wgmma", True): "QGMMA.",
+        ("tcgen05", True): "UTCQMMA",
+    }[instruction.split()[0], "8" in dtype]
+    assert mnemonic in tool("nvdisasm", "-c", str(path))
+
+
+def test_a_kernel_that_does_not_fit_is_refused(temporary: Path) -> None:
+    files = by_hand(PRODUCT, K=1024, M=128, N=256, BLOCK=128)
+    with pytest.raises(KernelTooLarge, match=r"product needs \d+ bytes of shared memory; sm_80"):
+        build_gpu(files, parse_target("sm_80"))
+    assert not list(temporary.iterdir())
+
+
+UNKNOWN_NAME = PRODUCT.replace("tl.dot(", "tl.dott(")
+FOREIGN = PRODUCT.replace(
+    "tl.dot(x, w, out)",
+    'tl.inline_asm_elementwise("nonsense $0, $1;", "=f,f", [out], tl.float32, False, 1)',
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("def product(:\n", "SyntaxError"),
+        (UNKNOWN_NAME, "dott"),
+        ("def other(): pass", "no attribute 'product'"),
+        (PRODUCT.replace("M: ", "ROWS: "), "ROWS"),
+        (FOREIGN, "ptxas"),
+        ("import os\nos._exit(7)", "ended with status 7"),
+    ],
+    ids=["syntax", "name", "function", "constants", "assembly", "crash"],
+)
+def test_failures_name_file_and_function(text: str, reason: str, temporary: Path) -> None:
+    files = by_hand(text, K=64, M=16, N=16, BLOCK=32)
+    with pytest.raises(BuildFailed, match=r"product in hand_kernels\.py for sm_80") as raised:
+        build_gpu(files, parse_target("sm_80"))
+    assert reason in raised.value.message
+    assert str(temporary) not in raised.value.message
+    assert not list(temporary.iterdir())
+
+
+def test_triton_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    toolchain.cache_clear()
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'tokenmill\[triton\]'"):
+        build_gpu({}, parse_target("sm_90"))
+    monkeypatch.undo()
+    assert re.fullmatch(r"triton \d+\.\d+.*", toolchain())

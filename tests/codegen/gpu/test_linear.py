@@ -1,0 +1,201 @@
+"""Linear on a GPU, under the interpreter: hostile shapes, few rows and many, splits, E4M3 activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenmill.codegen.triton import tiles
+from tokenmill.codegen.triton.linear import E4M3_ROWS
+from tokenmill.codegen.triton.target import TARGETS
+from tokenmill.ir import expr, quant
+from tokenmill.ir.plan import Linear
+from torch import Tensor
+
+from ..harness import CAPACITY, batch_of, inputs_of
+from ..test_kernels import IN_PLACE, LINEARS, SWIGLU
+from .interpreter import Interpreted
+
+PLACED = {spec: param for spec, param in IN_PLACE.items() if isinstance(spec, Linear)}
+SPLIT = (
+    *(Linear(70, 1100, fmt) for fmt in ("fp32", "bf16", "int8", "int4-g32", "fp8")),
+    Linear(64, 1024, "int4-g128", bias=True, parts=2, epilogue=SWIGLU),
+)
+SPECS = (*LINEARS, *PLACED, *SPLIT)
+BATCHES: dict[str, tuple[tuple[int, int], ...]] = {
+    "none": (),
+    "an empty sequence": ((0, 0),),
+    "one token": ((0, 1),),
+    "three tokens": ((0, 2), (3, 1)),
+}
+MANY = ((0, CAPACITY.tokens - 51),)
+TOLERANCE = {"f32": 2e-5, "f16": 2e-3, "bf16": 1e-2}
+
+
+@pytest.fixture(scope="module", params=["f32", "bf16"])
+def kernels(request: pytest.FixtureRequest) -> Interpreted:
+    column = 3 if request.param == "f32" else 0
+    return Interpreted(SPECS, in_place=PLACED, dtype=request.param, column=column)
+
+
+def check(kernels: Interpreted, spec: Linear, sequences: tuple[tuple[int, int], ...]) -> None:
+    batch = batch_of(*sequences)
+    inputs = inputs_of(kernels, spec, batch)
+    if kernels.target != "sm_80" and spec.format == "fp8" and len(batch.positions) > E4M3_ROWS:
+        want = rounded(kernels, spec, inputs)
+    else:
+        want = kernels.expected(spec, batch, inputs)["out"]
+    got = kernels.run(spec, batch, inputs)["out"]
+    tolerance = TOLERANCE[kernels.dtype]
+    torch.testing.assert_close(got.float(), want, rtol=tolerance, atol=tolerance)
+
+
+def rounded(kernels: Interpreted, spec: Linear, inputs: dict[str, Tensor]) -> Tensor:
+    """What a product of E4M3 activations gives, one scale per row and 128 inputs."""
+    dtype = torch.float32 if kernels.dtype == "f32" else torch.bfloat16
+    groups = torch.nn.functional.pad(inputs["x"].to(dtype).float(), (0, -spec.k % 128))
+    groups = groups.unflatten(-1, (-1, 128))
+    scale = groups.abs().amax(-1, keepdim=True) / quant.FP8_MAX
+    x = ((groups / scale).to(torch.float8_e4m3fn).float() * scale).flatten(1)[:, : spec.k]
+    weights = kernels.weights[kernels.index(spec)]
+    y = x @ quant.dequantize(weights, quant.parse("fp8"), spec.k).T
+    y = y + weights["bias"] if spec.bias else y
+    accs = {f"acc{i}": part for i, part in enumerate(y.split(spec.n, -1))}
+    return expr.evaluate(expr.parse(spec.epilogue), accs)
+
+
+def constants(kernels: Interpreted, spec: Linear, rows: int) -> list[dict[str, Any]]:
+    """What the launches for at most ``rows`` rows are bound to."""
+    bucket = next(b for b in kernels.schedule["buckets"] if b["tokens"] >= rows)
+    binaries = {b["name"]: b for b in kernels.schedule["binaries"]}
+    group = kernels.schedule["groups"][bucket["steps"][kernels.index(spec)]]
+    return [binaries[launch["binary"]]["constants"] for launch in group]
+
+
+@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_few_rows(kernels: Interpreted, spec: Linear, name: str) -> None:
+    check(kernels, spec, BATCHES[name])
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_many_rows(kernels: Interpreted, spec: Linear) -> None:
+    check(kernels, spec, MANY)
+
+
+@pytest.mark.parametrize("spec", SPLIT, ids=str)
+def test_splits_are_there(kernels: Interpreted, spec: Linear) -> None:
+    assert constants(kernels, spec, 3)[0]["SPLITS"] == 2
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if s.format == "fp8"], ids=str)
+@pytest.mark.parametrize("sequences", [((0, 3),), MANY], ids=["few", "many"])
+def test_fp8_where_the_architecture_lacks_it(
+    spec: Linear, sequences: tuple[tuple[int, int], ...]
+) -> None:
+    check(Interpreted([spec], target="sm_80"), spec, sequences)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_every_fp8_value_is_exact(target: str) -> None:
+    spec = Linear(256, 16, "fp8")
+    kernels = Interpreted([spec], target=target, dtype="f32")
+    bits = torch.arange(256, dtype=torch.uint8).masked_fill(torch.arange(256) % 128 == 127, 0)
+    kernels.weights[0]["q"].copy_(bits.view(torch.float8_e4m3fn)[:, None])
+    kernels.weights[0]["scale"].fill_(1.0)
+    inputs = {"x": torch.eye(16)[:1]}
+    got = kernels.run(spec, batch_of((0, 1)), inputs)["out"]
+    assert torch.equal(got[0], kernels.weights[0]["q"][:, 0].float())
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("spec", [*LINEARS[:7], SPLIT[-1]], ids=str)
+def test_what_is_not_finite_stays_so_in_its_row(
+    kernels: Interpreted, spec: Linear, bad: float
+) -> None:
+    batch = batch_of((0, 3))
+    inputs = inputs_of(kernels, spec, batch)
+    whole = kernels.run(spec, batch, inputs)["out"]
+    inputs["x"][1, 7] = bad
+    got = kernels.run(spec, batch, inputs)["out"]
+    assert not got[1].isfinite().any()
+    assert torch.equal(got[[0, 2]], whole[[0, 2]])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_so_in_e4m3(kernels: Interpreted, bad: float) -> None:
+    spec = next(s for s in LINEARS if s.format == "fp8")
+    batch = batch_of(*MANY)
+    inputs = inputs_of(kernels, spec, batch)
+    inputs["x"][1, 7] = bad
+    inputs["x"][2] = 0.0
+    got = kernels.run(spec, batch, inputs)["out"]
+    assert not got[1].isfinite().any()
+    assert not got[2].any()
+    assert got[[0, *range(3, len(got))]].isfinite().all()
+
+
+@pytest.mark.parametrize("spec", [LINEARS[5], SPLIT[1], SPLIT[4]], ids=str)
+def test_a_token_has_the_same_bits_alone_and_in_a_batch(kernels: Interpreted, spec: Linear) -> None:
+    inputs = inputs_of(kernels, spec, batch_of((0, 9)))
+    whole = kernels.run(spec, batch_of((0, 9)), inputs)["out"]
+    for token in (0, 8):
+        alone = {name: x[token : token + 1] for name, x in inputs.items()}
+        got = kernels.run(spec, batch_of((0, 1)), alone)["out"]
+        assert torch.equal(got[0], whole[token])
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    m=st.integers(1, 70),
+    n=st.integers(1, 140),
+    k=st.integers(1, 300),
+    fmt=st.sampled_from(quant.NAMES),
+    parts=st.sampled_from((1, 2)),
+    dtype=st.sampled_from(("f32", "f16", "bf16")),
+)
+def test_any_size(m: int, n: int, k: int, fmt: str, parts: int, dtype: Any) -> None:
+    spec = Linear(n, k, fmt, parts=parts, epilogue="acc0" if parts == 1 else SWIGLU)
+    check(Interpreted([spec], dtype=dtype), spec, ((0, m),))
+
+
+# --- tiles ------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    target=st.sampled_from(list(TARGETS.values())),
+    m=st.integers(1, 5000),
+    n=st.integers(1, 30000),
+    k=st.integers(1, 20000),
+    fmt=st.sampled_from([quant.parse(name) for name in quant.NAMES]),
+    parts=st.sampled_from((1, 2)),
+    batch=st.sampled_from((1, 8, 256)),
+    x_bytes=st.sampled_from((2, 4)),
+)
+def test_any_tile_is_sound(
+    target: Any, m: int, n: int, k: int, fmt: quant.Format, parts: int, batch: int, x_bytes: int
+) -> None:
+    tile = tiles.gemm(target, "", tiles.Problem(m, n, k, fmt, parts, batch, x_bytes))
+    span = tile.span(k)
+    assert span * (tile.splits - 1) < k <= span * tile.splits
+    assert span % tile.block_k == 0
+    assert tile.splits == 1 or span >= tiles.LEAST_INPUTS - tile.block_k
+    assert tile.block_k == 128 if fmt.group else 128 % tile.block_k == 0
+    assert all(size & (size - 1) == 0 for size in (tile.block_m, tile.block_n, tile.warps))
+    x, w = tile.block_m * x_bytes, parts * tile.block_n * fmt.bits // 8
+    assert (tile.stages - 1) * tile.block_k * (x + w) <= target.shared_bytes
+
+
+def test_measured_tiles_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = {"block_m": 32, "block_n": 64, "block_k": 64, "splits": 3, "stages": 5}
+    monkeypatch.setattr(tiles, "_table", lambda name: {"a_kernel": {"16": measured}})
+    target, fmt = TARGETS["sm_90"], quant.parse("bf16")
+    found = tiles.gemm(target, "a_kernel", tiles.Problem(16, 128, 4096, fmt))
+    assert found == tiles.Gemm(**measured)
+    assert tiles.gemm(target, "a_kernel", tiles.Problem(8, 128, 4096, fmt)) != found

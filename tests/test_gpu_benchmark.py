@@ -1,0 +1,272 @@
+"""benchmarks/gpu.py where there is no GPU: its list of cases, what it builds, its driver, its tables."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenmill.ir import plan as plans
+from tokenmill.ir.plan import Experts, LatentAttend, Linear, Norm, Pointwise, Route
+from tokenmill.ir.router import RouterSpec
+
+from .runtime.interpreted import InterpretedDevice
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "benchmarks" / "gpu.py"
+sys.path.insert(0, str(SCRIPT.parent))
+
+import _gpu_build as gpu_build  # noqa: E402
+import _gpu_cases as gpu_cases  # noqa: E402
+import _gpu_run as gpu_run  # noqa: E402
+import gpu  # noqa: E402
+from _gpu_cases import Case, Suite  # noqa: E402
+
+NO_PYDANTIC = "import sys; sys.modules['pydantic'] = None; sys.path.insert(0, {path!r}); "
+
+
+def named(files, target):
+    """Instead of binaries, files that name their kernel, as InterpretedDevice wants them."""
+    schedule = json.loads(files["schedule.json"])
+    facts = {
+        b["name"]: {
+            "kernel": b["function"],
+            "threads": 32 * b["warps"],
+            "shared_bytes": 0,
+            "scratch": [],
+        }
+        for b in schedule["binaries"]
+    }
+    found = {
+        f"{b['name']}.cubin": f"cubin of {b['function']}".encode() for b in schedule["binaries"]
+    }
+    return found | {"binaries.json": json.dumps({"binaries": facts}).encode()}
+
+
+# --- cases ------------------------------------------------------------------------------------------
+
+
+def of(kind, ours=True):
+    return [case for case in gpu_cases.cases() if case.kind == kind and case.ours == ours]
+
+
+def test_every_product_is_there():
+    wanted = {
+        (f"{n}x{k}", f"ours {fmt}", rows)
+        for n, k in ((2112, 7168), (24576, 1536), (7168, 16384), (4096, 7168), (7168, 2048))
+        for fmt in ("bf16", "fp8", "int4-g128")
+        for rows in (1, 16, 64, 512, 4096)
+    }
+    assert {(c.what, c.contender, c.size) for c in of("gemm")} == wanted
+    peers = {(c.what, c.size) for c in of("gemm", ours=False) if c.contender == "cublas bf16"}
+    assert peers == {(what, size) for what, _, size in wanted}
+
+
+def test_every_mixture_is_there():
+    wanted = {
+        (mixture, f"ours {fmt}", tokens)
+        for mixture in ("deepseek-v3", "qwen3-30b")
+        for fmt in ("bf16", "fp8", "int4-g128")
+        for tokens in (1, 8, 64, 512, 4096)
+    }
+    assert {(c.what, c.contender, c.size) for c in of("experts")} == wanted
+    assert gpu_cases.MIXTURES["deepseek-v3"] == (256, 8, 7168, 2048)
+    assert gpu_cases.MIXTURES["qwen3-30b"] == (128, 8, 2048, 768)
+    peers = {c.contender for c in of("experts", ours=False)}
+    assert peers == {"grouped_mm bf16", "compiled grouped_mm bf16"}
+
+
+def test_every_context_is_there():
+    wanted = {
+        (f"{heads} heads, {context}", f"ours {fmt}", batch)
+        for heads in (16, 128)
+        for context in (1024, 4096, 32768)
+        for fmt in ("bf16", "int8")
+        for batch in (1, 32, 128)
+    }
+    assert {(c.what, c.contender, c.size) for c in of("mla")} == wanted
+
+
+def test_names_are_distinct_and_steps_are_of_their_format():
+    found = gpu_cases.cases()
+    assert len({case.name for case in found}) == len(found)
+    for suite in gpu_cases.SUITES.values():
+        for case in found:
+            if case.suite == suite.name:
+                spec, fmt = suite.specs[case.step], case.contender.removeprefix("ours ")
+                assert case.size in suite.buckets
+                match spec:
+                    case Linear():
+                        assert (f"{spec.n}x{spec.k}", spec.format) == (case.what, fmt)
+                    case Experts():
+                        sizes = (spec.experts, spec.top_k, spec.hidden, spec.inter)
+                        assert sizes == gpu_cases.MIXTURES[case.what]
+                        assert spec.gate_up_format == spec.down_format == fmt
+                    case LatentAttend():
+                        assert case.what.startswith(f"{spec.heads} heads")
+                        assert spec.cache_format == fmt
+
+
+# --- building ---------------------------------------------------------------------------------------
+
+
+def test_what_is_built_can_be_loaded(tmp_path):
+    suite = Suite("tiny", (Linear(64, 128, "bf16"), Norm(32, 1e-6)), (1, 4))
+    gpu_build.build_suite(tmp_path / "tiny", "sm_90", suite)
+    schedule = json.loads((tmp_path / "tiny" / "schedule.json").read_text())
+    assert [bucket["tokens"] for bucket in schedule["buckets"]] == [1, 4]
+    for binary in schedule["binaries"]:
+        assert (tmp_path / "tiny" / f"{binary['name']}.cubin").read_bytes()[:4] == b"\x7fELF"
+    about = json.loads((tmp_path / "tiny" / "suite.json").read_text())
+    assert plans.load(about["plan"]).specs == list(suite.specs)
+
+
+def test_without_a_gpu_it_says_so_and_fails(tmp_path):
+    (tmp_path / "build.json").write_text("{}")
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "run", tmp_path, "--only", "nothing"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == gpu.NO_GPU
+    assert "GPU" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_running_takes_no_compiler():
+    code = NO_PYDANTIC.format(path=str(SCRIPT.parent)) + (
+        "sys.modules['triton'] = sys.modules['hypothesis'] = None; "
+        "import gpu, _gpu_run, tokenmill.runtime.cuda, tokenmill.runtime.gpu"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- the driver -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def device():
+    return InterpretedDevice(total=1 << 28)
+
+
+def performed(folder, device, cases):
+    journal = folder / "journal"
+    assert gpu_run.perform(gpu_run.Bench(folder, device), cases, journal)
+    return gpu.read(journal)
+
+
+def test_kernels_are_checked(tmp_path, device):
+    specs = (Linear(33, 160, "int8"), Pointwise(40, "silu(x0) + x1", ("row", "row")))
+    gpu_build.build_checks(tmp_path / "checks-f32", "sm_90", "f32", specs, named)
+    found = [case for case in gpu.all_cases(tmp_path) if case.kind == "check"]
+    assert [case.what for case in found] == ["linear int8 #0", "pointwise #1"]
+    about = tmp_path / "checks-f32" / "suite.json"
+    text = json.loads(about.read_text())
+    batches = {name: text["batches"][name] for name in ("none", "decode")}
+    about.write_text(json.dumps(text | {"batches": batches}))
+    for figures in performed(tmp_path, device, found).values():
+        assert figures["passed"], figures
+        assert figures["batches"] == 2
+        assert figures["error"] < figures["bound"]
+
+
+@pytest.mark.parametrize("fmt", ["bf16", "fp8", "int4-g128"])
+def test_a_product_is_timed_and_right(tmp_path, device, fmt, monkeypatch):
+    monkeypatch.setattr(gpu_run, "copies", lambda nbytes: 2)
+    suite = Suite("tiny", (Linear(64, 256, fmt),), (1, 4))
+    gpu_build.build_suite(tmp_path / "tiny", "sm_90", suite, named)
+    case = Case("gemm", "64x256", f"ours {fmt}", 4, "tiny", 0)
+    figures = performed(tmp_path, device, [case])[case.name]
+    assert figures["passed"], figures
+    assert figures["seconds"] > 0
+    assert figures["flops"] == 2 * 4 * 64 * 256
+
+
+def test_experts_are_timed_and_right(tmp_path, device, monkeypatch):
+    monkeypatch.setattr(gpu_run, "ROUTINGS", 2)
+    specs = (Route(8, RouterSpec(2)), Experts(8, 2, 64, 32, "bf16", "bf16"))
+    gpu_build.build_suite(tmp_path / "tiny", "sm_90", Suite("tiny", specs, (4,)), named)
+    case = Case("experts", "tiny", "ours bf16", 4, "tiny", 1)
+    figures = performed(tmp_path, device, [case])[case.name]
+    assert figures["passed"], figures
+
+
+@pytest.mark.parametrize("fmt", ["bf16", "int8"])
+def test_latent_attention_is_timed_and_right(tmp_path, device, monkeypatch, fmt):
+    for name, value in (("copies", lambda nbytes: 2), ("CONTEXTS", (128,)), ("SEQUENCES", (2,))):
+        monkeypatch.setattr(gpu_run, name, value)
+    suite = Suite("tiny", (gpu_cases.latent_spec(16, fmt),), (2,), 128)
+    gpu_build.build_suite(tmp_path / "tiny", "sm_90", suite, named)
+    case = Case("mla", "16 heads, 100", f"ours {fmt}", 2, "tiny", 0, 100)
+    figures = performed(tmp_path, device, [case])[case.name]
+    assert figures["passed"], figures
+
+
+def test_a_case_that_fails_leaves_the_others_alone(tmp_path, device):
+    bad = Case("gemm", "1x1", "ours bf16", 1, "nowhere", 0)
+    worse = Case("gemm", "2x2", "ours bf16", 1, "nowhere", 0)
+    found = performed(tmp_path, device, [bad, worse])
+    assert [line["failed"].split(":")[0] for line in found.values()] == ["FileNotFoundError"] * 2
+
+
+def test_what_ends_the_process_is_named_and_the_rest_goes_on(tmp_path, monkeypatch):
+    child = tmp_path / "child.py"
+    child.write_text(
+        "import json, sys\n"
+        "_, _, folder, names, journal, _ = sys.argv\n"
+        "for name in open(names).read().split():\n"
+        "    print(json.dumps({'begin': name}), file=open(journal, 'a'))\n"
+        "    if 'bad' in name: sys.exit(7)\n"
+        "    print(json.dumps({'case': name, 'seconds': 1.0}), file=open(journal, 'a'))\n"
+    )
+    monkeypatch.setattr(gpu, "__file__", str(child))
+    wanted = [Case("gemm", what, "ours") for what in ("a", "bad", "c")]
+    (journal := tmp_path / "journal").touch()
+    gpu.carry_out(tmp_path, wanted, journal, deadline=2e12)
+    found = gpu.read(journal)
+    assert [found[case.name].get("failed", "") for case in wanted] == [
+        "", "the process ended with status 7", "",
+    ]  # fmt: skip
+
+
+# --- tables -----------------------------------------------------------------------------------------
+
+
+def test_tables_of_made_up_figures(tmp_path, capsys):
+    (tmp_path / "build.json").write_text('{"target": "sm_90"}')
+    timed = {
+        "seconds": 1e-5,
+        "tflops": 50.0,
+        "gb_per_s": 2000.0,
+        "passed": True,
+        "error": 0.001,
+        "bound": 0.01,
+    }
+    wanted = gpu_cases.cases()
+    results = {c.name: timed for c in wanted if c.kind in ("gemm", "experts", "mla")}
+    results["card/peaks/torch"] = {
+        "copy_gb_per_s": 2500.0,
+        "bf16_tflops": 700.0,
+        "fp8_tflops": 1300.0,
+    }
+    results["gemm/4096x7168/ours fp8/64"] = timed | {"passed": False}
+    results["gemm/4096x7168/cublas bf16/1"] = {"failed": "RuntimeError: no"}
+    checked = Case("check", "linear int8 #0", "checks-f32", suite="checks-f32", step=0)
+    results[checked.name] = {"error": 0.5, "bound": 0.1, "worst": "decode", "passed": False}
+    end = next(case for case in wanted if case.kind == "end to end")
+    results[end.name] = {
+        "layers": 27,
+        "decode_tokens_per_s": 123.0,
+        "step_seconds": {"decode": {"experts": 2.0, "linear": 1.0}},
+    }
+    summary = gpu.summary(tmp_path, [*wanted, checked], results)
+    assert summary["results"]["gemm/4096x7168/ours fp8/64"]["of_bandwidth"] == 0.8
+    assert "model/tiny_deepseek/ours bf16" in summary["left_out"]
+    gpu.show(summary)
+    said = capsys.readouterr().out
+    for text in ("10.0 80% !", "failed: 4096x7168, cublas bf16, 1: RuntimeError: no", "123.0",
+                 "experts 67%, linear 33%", "wrong: linear int8 #0", "checks passed: 0 of 1", "left out: "):  # fmt: skip
+        assert text in said
+    assert len(said) < 12000
