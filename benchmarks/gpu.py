@@ -243,7 +243,7 @@ def sanitized(folder: Path, wanted: Iterable[Case]) -> dict[str, Any]:
     if tool is None:
         return {"left_out": "compute-sanitizer is not there"}
     kinds = {case.what.split()[0]: case for case in wanted if case.kind == "check"}
-    chosen = [replace_seconds(case) for case in list(kinds.values())[:SANITIZED]]
+    chosen = [replace(case, seconds=20) for case in list(kinds.values())[:SANITIZED]]
     with tempfile.TemporaryDirectory() as scratch:
         journal, log = Path(scratch, "journal"), Path(scratch, "log")
         journal.touch()
@@ -251,12 +251,6 @@ def sanitized(folder: Path, wanted: Iterable[Case]) -> dict[str, Any]:
         status = carry_out(folder, chosen, journal, time.time() + 90, prefix)
         said = log.read_text().splitlines() if log.is_file() else []
         return {"status": status, "checks": len(read(journal)), "said": said[-20:]}
-
-
-def replace_seconds(case: Case) -> Case:
-    from dataclasses import replace
-
-    return replace(case, seconds=20)
 
 
 # --- results ----------------------------------------------------------------------------------------

@@ -138,7 +138,9 @@ def test_without_a_gpu_it_says_so_and_fails(tmp_path):
 def test_running_takes_no_compiler():
     code = NO_PYDANTIC.format(path=str(SCRIPT.parent)) + (
         "sys.modules['triton'] = sys.modules['hypothesis'] = None; "
-        "import gpu, _gpu_run, tokenmill.runtime.cuda, tokenmill.runtime.gpu"
+        "import gpu, _gpu_run, tokenmill.runtime.cuda, tokenmill.runtime.gpu; "
+        "from _gpu_checks import Checked; from tokenmill.ir.plan import Linear; "
+        "assert 'schedule.json' in Checked([Linear(32, 32, 'bf16')]).files"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

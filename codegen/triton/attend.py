@@ -109,8 +109,8 @@ def warp_groups(target: GpuTarget, rows: int) -> bool:
 
 
 def fit(target: GpuTarget, rows: int, held: int, block: int) -> tuple[int, int]:
-    """Stages of a loop over blocks of ``block`` bytes beside ``held`` ones, 0 if there is no room, and how many
-    such programs a multiprocessor holds.
+    """Stages of a loop over blocks of ``block`` bytes beside ``held`` ones (0: no room), and how many such
+    programs a multiprocessor holds.
 
     For warp groups a block stays in shared memory until its product is done; others read it into registers,
     and its place is free for the next.

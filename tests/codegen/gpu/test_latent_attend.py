@@ -54,7 +54,7 @@ def check(
 
 
 @pytest.mark.parametrize("name", ["none", "an empty sequence", "decode"])
-@pytest.mark.parametrize("spec", [*SPECS, TILED], ids=str)
+@pytest.mark.parametrize("spec", [*SPECS[:5], TILED], ids=str)
 def test_matches_reference(kernels: Interpreted, spec: LatentAttend, name: str) -> None:
     check(kernels, spec, *BATCHES[name])
 
