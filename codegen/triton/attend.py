@@ -40,10 +40,11 @@ class Tile:
         return max(1, (bucket.tokens + bucket.sequences * (self.queries - 1)) // self.queries)
 
 
-def splits(site: Site, programs: int, shape: Shape) -> int:
+def splits(site: Site, programs: int, shape: Shape, window: int = 0) -> int:
     """How many programs share the keys of a tile, where the tiles alone would leave processors idle."""
     wanted = max(1, shape.resident * site.target.sms // programs)
-    return min(wanted, ceil_div(site.positions, LEAST_KEYS), MOST_SPLITS)
+    keys = min(site.positions, window + shape.tile.queries) if window else site.positions
+    return min(wanted, ceil_div(keys, LEAST_KEYS), MOST_SPLITS)
 
 
 def padded(width: int) -> int:
@@ -154,7 +155,7 @@ def launches(site: Site) -> Group:
     shape = shape_of(site)
     tile, most = shape.tile, shape.tile.most(site.bucket)
     parts = ceil_div(spec.heads // spec.heads_kv, tile.heads)
-    shares = splits(site, most * spec.heads_kv * parts, shape)
+    shares = splits(site, most * spec.heads_kv * parts, shape, spec.window)
     value_block = padded(spec.value_dim)
     constants = site.pitches("q", "out") | {
         "TABLE_PITCH": site.table_pitch,

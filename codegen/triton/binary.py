@@ -91,6 +91,15 @@ def _type(rest: str) -> str:
     return kind[1] if kind else "?"
 
 
+def traps(ptx: str) -> bool:
+    """Whether a kernel does nothing but stop: what Triton makes of one that it found no room for.
+
+    >>> traps("{\\n\\ttrap;\\n\\texit;\\n}"), traps("{\\n\\tst.global.b32 [%rd1], %r1;\\n}")
+    (True, False)
+    """
+    return "trap;" in ptx and not re.search(r"\b(st|cp|red|atom)\.", ptx)
+
+
 def ptx_header(ptx: str) -> tuple[str, str]:
     """Version of the language, and target.
 

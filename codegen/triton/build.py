@@ -22,7 +22,7 @@ from queue import SimpleQueue
 from typing import Any, TypeAlias
 
 from ...errors import KernelBuildFailed, KernelTooLarge, MissingExtra
-from .binary import ptx_header, read_cubin, tensor_cores
+from .binary import ptx_header, read_cubin, tensor_cores, traps
 from .emit import SCHEDULE
 from .target import GpuTarget
 
@@ -150,6 +150,13 @@ def _binary(
     cubin = read_cubin(built[f"{entry['name']}.cubin"])
     ptx = built[f"{entry['name']}.ptx"].decode()
     version, ptx_target = ptx_header(ptx)
+    if traps(ptx):
+        raise KernelBuildFailed(
+            function=entry["function"],
+            file=entry["file"],
+            target=target.name,
+            log=f"its tiles do not fit, and it became a trap: {entry['constants']}",
+        )
     extra = cubin.params - len(entry["params"])
     assert 0 <= extra <= len(answer["scratch"]), f"{entry['name']} takes {cubin.params} parameters"
     binary = Binary(

@@ -78,7 +78,7 @@ def gemm(target: GpuTarget, symbol: str, problem: Problem) -> Gemm:
     measured = _table(target.name).get(symbol, {}).get(str(problem.m))
     if measured:
         return Gemm(**measured)
-    if problem.m <= STREAMED_ROWS:
+    if problem.m <= STREAMED_ROWS or _most_rows(problem, target) < STREAMED_ROWS:
         return _streamed(problem, target)
     return _reused(problem, target)
 
@@ -93,11 +93,12 @@ def _table(name: str) -> dict[str, Any]:
 
 def _streamed(problem: Problem, target: GpuTarget) -> Gemm:
     """Two blocks or so on every multiprocessor, the same number on each."""
-    rows = max(16, power_of_2(problem.m))
+    rows = min(max(16, power_of_2(problem.m)), _most_rows(problem, target))
     if _mma(target):
         rows = min(rows, 64 // problem.parts)
     warps = 8 if problem.parts * rows > 64 else 4
-    tile = Gemm(rows, 64, _block_k(problem), warps=warps)
+    columns = 32 if problem.format.name == "fp32" else 64
+    tile = Gemm(rows, columns, _block_k(problem), warps=warps)
     tile = replace(tile, stages=_stages(tile, problem, target, resident=2))
 
     def cost(tile: Gemm) -> tuple[float, int]:
@@ -111,9 +112,6 @@ def _streamed(problem: Problem, target: GpuTarget) -> Gemm:
 
 def _reused(problem: Problem, target: GpuTarget) -> Gemm:
     """The tile that finishes soonest: how many rounds of blocks there are, and how long each takes."""
-    if problem.format.name == "fp32":  # no tensor cores
-        tile = Gemm(64, 64 // problem.parts, _block_k(problem))
-        return replace(tile, stages=_stages(tile, problem, target, resident=2))
 
     def cost(tile: Gemm) -> float:
         rounds = ceil_div(problem.blocks(tile), target.sms)
@@ -149,11 +147,20 @@ def _fits(size: tuple[int, int], problem: Problem, target: GpuTarget) -> bool:
     and 128 rows does not either.
     """
     rows, columns = size
-    if columns < 64 * problem.parts:
+    if columns < 64 * problem.parts or rows > _most_rows(problem, target):
         return False
     if problem.format.name == "bf16":
         return size != max(LARGE) or target.shared_bytes >= 160 * 1024
     return size != max(LARGE) and not (_mma(target) and problem.parts == 2 and rows == 128)
+
+
+def _most_rows(problem: Problem, target: GpuTarget) -> int:
+    """Rows of a tile whose sums have room in registers, or on sm_100 in tensor memory, which holds one set
+    of them for each group of inputs."""
+    group = problem.format.group
+    if problem.format.name == "fp32":  # no tensor cores: operands are in registers too
+        return 32
+    return 2 * group // problem.parts if group and target.capability == 100 else 128
 
 
 def _block_k(problem: Problem) -> int:

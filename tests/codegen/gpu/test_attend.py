@@ -68,7 +68,7 @@ def test_prompts_and_decode_go_together(split: Interpreted, spec: Attend) -> Non
     check(split, spec, (0, 64), (130, 1), (63, 2), (0, 0), (70, 9))
 
 
-@pytest.mark.parametrize("spec", [ATTENDS[0], ATTENDS[2], ATTENDS[3], WIDE], ids=str)
+@pytest.mark.parametrize("spec", [ATTENDS[0], ATTENDS[2], ATTENDS[4], WIDE], ids=str)
 def test_splits_are_joined(split: Interpreted, spec: Attend) -> None:
     check(split, spec, (300, 1), (5, 1))
     assert_used(split, spec, 2)

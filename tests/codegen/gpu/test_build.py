@@ -8,18 +8,21 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.resources import files as resources
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from tokenmill import codegen
 from tokenmill.codegen.triton.binary import read_cubin
 from tokenmill.codegen.triton.build import BINARIES, GpuBuild, build_gpu, toolchain
 from tokenmill.codegen.triton.target import TARGETS, parse_target
 from tokenmill.errors import BuildFailed, KernelTooLarge, MissingExtra
-from tokenmill.ir.plan import Device, Embed, Norm, Plan, Pointwise, SelectRows
+from tokenmill.ir.plan import KINDS, Device, Embed, Norm, Plan, Pointwise, SelectRows
 from tokenmill.passes.narrow import narrow
 
+from ..decoder import decoder_plan
 from ..harness import Kernels
 
 SPECS = (
@@ -233,3 +236,24 @@ def test_triton_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         build_gpu({}, parse_target("sm_90"))
     monkeypatch.undo()
     assert re.fullmatch(r"triton \d+\.\d+.*", toolchain())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kind_of_kernel_compiles(target: str) -> None:
+    """The kernels of a decode step and of a prompt of a decoder that has all kinds."""
+    files = codegen.emit(narrow(replace(decoder_plan(), device="cuda")), target)
+    schedule = json.loads(files["schedule.json"])
+    # Not all buckets: the time is in the binaries.
+    buckets = [bucket for bucket in schedule["buckets"] if bucket["tokens"] in (1, 80)]
+    groups = {i for bucket in buckets for i in [*bucket["steps"], bucket["sample"]] if i >= 0}
+    wanted = {launch["binary"] for i in groups for launch in schedule["groups"][i]}
+    schedule["binaries"] = [b for b in schedule["binaries"] if b["name"] in wanted]
+    schedule["buckets"] = buckets
+    built = build_gpu(files | {"schedule.json": json.dumps(schedule)}, parse_target(target))
+    kinds = {b["file"].removesuffix("_kernels.py") for b in schedule["binaries"]}
+    assert kinds == KINDS.keys() - {"extern"} | {"sample"}
+    for name, binary in built.binaries.items():
+        assert binary.local_bytes <= 64, f"{name} spills {binary.local_bytes} bytes"
+    cores = {core for binary in built.binaries.values() for core in binary.tensor_cores}
+    expected = {"sm_90": "wgmma bf16", "sm_100": "tcgen05 f16"}.get(target, "mma bf16")
+    assert expected in cores
