@@ -95,6 +95,7 @@ def bench(
             advice="give whole numbers from 1 on",
         )
     artifact = Artifact.open(directory)
+    choose_target(artifact.targets)  # it says what is wrong if none is for this CPU
     layout = Layout.parse(artifact.plan)
     threads = threads or available_cores()
     works = {"decode": Workload.draw(layout, 1, prompt, tokens)}

@@ -14,7 +14,7 @@ from .bench import SEED, weight_share
 from .runtime import Artifact
 from .runtime.batch import Batch
 from .runtime.cache import pages_for
-from .runtime.cpu import CpuExecutor
+from .runtime.cpu import CpuExecutor, choose_target
 from .runtime.layout import Layout
 
 
@@ -42,6 +42,7 @@ def profile(
     carries.  Raises what opening an artifact raises.
     """
     artifact = Artifact.open(directory)
+    choose_target(artifact.targets)  # it says what is wrong if none is for this CPU
     layout = Layout.parse(artifact.plan)
     prompt = min(prompt, layout.tokens, layout.positions - 1)
     pages = list(range(pages_for(prompt + 1)))

@@ -61,8 +61,8 @@ class CpuExecutor:
     def __init__(
         self, artifact: Artifact, threads: int | None = None, cache_tokens: int | None = None
     ) -> None:
-        self.layout = layout = Layout.parse(artifact.plan)
         self.target = choose_target(artifact.targets)
+        self.layout = layout = Layout.parse(artifact.plan)
         self.threads = threads or available_cores()
         self.pages = pages_for(cache_tokens or default_cache_tokens(layout))
         self._library = _load(artifact, self.target)

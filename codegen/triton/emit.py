@@ -173,7 +173,7 @@ class Schedule:
         """Where each scratch array begins: ``scratch:BYTES`` or ``zero:BYTES``."""
         for area, zeroed in (("scratch", False), ("zero", True)):
             sizes = {n: b for n, b in group.scratch.items() if n.endswith("_zero") == zeroed}
-            ends = list(accumulate(ceil_div(b, ALIGN) * ALIGN for b in sizes.values()))
+            ends = list(accumulate(ceil_div(max(b, 1), ALIGN) * ALIGN for b in sizes.values()))
             yield from zip(
                 (f"scratch.{name}" for name in sizes),
                 (f"{area}:{start}" for start in (0, *ends)),
