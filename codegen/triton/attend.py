@@ -159,7 +159,7 @@ def launches(site: Site) -> Group:
     value_block = padded(spec.value_dim)
     constants = site.pitches("q", "out") | {
         "TABLE_PITCH": site.table_pitch,
-        "SEQUENCES": power_of_2(site.bucket.sequences),
+        "SEQUENCES": site.sequences,
         "ROWS": tile.rows,
         "QUERIES": tile.queries,
         "GROUP_TILE": tile.heads,

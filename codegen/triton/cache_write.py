@@ -80,7 +80,7 @@ def launches(site: Site) -> Group:
     inputs = [f"p{i}" for i in range(len(spec.parts))]
     constants = site.pitches(*inputs) | {
         "TABLE_PITCH": site.table_pitch,
-        "SEQUENCES": power_of_2(site.bucket.sequences),
+        "SEQUENCES": site.sequences,
     }
     args: list[Arg] = [
         *inputs, *cache_args(spec.format),

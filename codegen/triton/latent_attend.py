@@ -136,7 +136,7 @@ def launches(site: Site) -> Group:
     partial, lse = ("scratch.partial", "*fp32"), ("scratch.lse", "*fp32")
     constants = site.pitches("q") | {
         "TABLE_PITCH": site.table_pitch,
-        "SEQUENCES": power_of_2(site.bucket.sequences),
+        "SEQUENCES": site.sequences,
         "ROWS": tile.rows,
         "QUERIES": tile.queries,
         "HEADS_TILE": tile.heads,

@@ -118,6 +118,11 @@ class Site:
         return {"tokens": self.bucket.tokens, "rows": self.bucket.rows, "fixed": 1}[self.over]
 
     @property
+    def sequences(self) -> int:
+        """A power of two that sequences do not exceed, the same for most buckets: they share kernels."""
+        return max(64, power_of_2(self.bucket.sequences))
+
+    @property
     def count(self) -> str:
         """The argument that holds the number of rows."""
         return f"count.{self.over}"
