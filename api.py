@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .capture.checkpoint import Checkpoint, open_checkpoint
+from .calibration import LENGTH, Text
+from .calibration import read as read_calibration
+from .capture.checkpoint import Checkpoint, Streamed, open_checkpoint
 from .capture.huggingface import capture_pretrained
 from .capture.module import capture
 from .codegen import build, emit, parse_target, toolchain
@@ -22,14 +24,25 @@ from .facts import Recorder
 from .ir.plan import Capacity, Device, Plan, dump
 from .ir.plan import load as load_plan
 from .ir.program import Program
+from .passes.calibrate import Calibrate
 from .passes.lower import lower
 from .passes.memory import memory
 from .passes.narrow import narrow
-from .passes.pipeline import check_capture, eager_samples, pipeline, run_passes
+from .passes.pipeline import (
+    Fit,
+    before_quantization,
+    check_capture,
+    eager_samples,
+    pipeline,
+    run_passes,
+)
+from .passes.quantize import Quantize, check_stored
+from .passes.workspace import Workspace
 from .recipe import Recipe
 from .report import render
 from .runtime import Artifact, Session
 from .runtime.artifact import PLANS, ArtifactWriter, Target, TensorSpec, check_output
+from .search import Found, search
 
 
 class Progress(Protocol):
@@ -43,13 +56,15 @@ class Compiled:
     """What a compile yields.
 
     ``facts`` is what the report says, ``sources`` the kernels by file, ``graphs`` the graph's text by
-    stage, ``path`` where the artifact was written.
+    stage, ``recipe`` the one that was followed, with the rules that a search found, ``path`` where the
+    artifact was written.
     """
 
     plans: dict[Device, Plan]
     facts: dict[str, Any]
     sources: dict[str, str] = field(repr=False)
     graphs: dict[str, str] = field(repr=False)
+    recipe: Recipe
     path: Path | None = None
 
 
@@ -63,6 +78,7 @@ def optimize(
     force: bool = False,
     example_ids: Tensor | None = None,
     max_positions: int | None = None,
+    calibration_ids: Sequence[Tensor] | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Compiled:
@@ -71,10 +87,14 @@ def optimize(
     ``model`` is a Hugging Face directory or hub id, or a module that maps ids ``[1, T]`` to logits
     ``[1, T, V]``; for a module, ``max_positions`` bounds a sequence's length (default 2048).  With
     ``check`` the model is executed before and after every pass; with ``dry_run`` nothing is built or
-    written.  Raises a TokenmillError for bad input, before anything is written.
+    written.  ``calibration_ids``, sequences of token ids ``[T]``, stand for the recipe's calibration text.
+
+    Fitting weights to a text takes long for a large model: what is finished is kept in ``OUTPUT.work`` until
+    all is, and the same call goes on from there.  Raises a TokenmillError for bad input, before anything is
+    written.
     """
     recipe = recipe or Recipe()
-    passes = pipeline(recipe)
+    pipeline(recipe)  # raises for a pass that is not there
     targets = [parse_target(t) for t in dict.fromkeys(recipe.targets)]
     if output is None and not dry_run:
         raise BadRequest(reason="no output directory", advice="pass output=, or dry_run=True")
@@ -87,22 +107,36 @@ def optimize(
     checkpoint = None
     if not isinstance(model, nn.Module):
         checkpoint = open_checkpoint(os.fspath(model), trust_remote_code)
-        model = checkpoint.load()
-    expected = eager_samples(model) if check else []
+    fitted, searched = _texts(recipe, checkpoint, calibration_ids)
+    expected = eager_samples(_eager(model, checkpoint)) if check else []
     start = time.perf_counter()
-    program = _capture(model, checkpoint, example_ids, max_positions)
+    streamed = checkpoint.stream() if checkpoint else Streamed(model)
+    program = _capture(streamed, checkpoint, example_ids, max_positions)
     seconds = time.perf_counter() - start
     if checkpoint is None:  # those of a checkpoint were checked under their names in its files
         check_weights(program)
     recorder = Recorder(program, checkpoint)
-    recorder.passes.append(check_capture(program, expected, seconds))
+    captured = check_capture(program, expected, seconds)
+    captured.notes += [streamed.note] if streamed.note else []
+    recorder.passes.append(captured)
     say("capture", 1, 1)
+
+    found = None
+    if searched is not None:
+        found = _search(program, recipe, fitted, searched, say)
+        recipe = found.recipe
+    fit = Fit()
+    if fitted is not None and not dry_run:
+        fit = Fit(fitted.sequences, _workspace(output, recipe, checkpoint, fitted), say)
+    passes = pipeline(recipe, fit)
 
     def observe(program: Program, result: Any) -> None:
         recorder.after_pass(program, result)
         say("passes", len(recorder.passes), 1 + len(passes))
 
     run_passes(program, passes, check=check, observe=observe)
+    for quantize in (p for p in passes if isinstance(p, Quantize)):
+        check_stored(program, quantize.decisions)
     capacity = Capacity(recipe.max_step_tokens, recipe.max_step_rows)
     plans = {
         device: _plan(program, capacity, device)
@@ -113,9 +147,11 @@ def optimize(
     sources = {t.name: emit(plans[t.device], t.name) for t in targets}
     say("kernels", 1, 1)
     facts = recorder.facts(program, plans, passes, recipe, [t.name for t in targets])
+    facts["calibration"] = fitted and fitted.facts
+    facts["search"] = found and found.facts
     flat = {f"kernels/{t}/{n}": text for t, files in sources.items() for n, text in files.items()}
     if dry_run:
-        return Compiled(plans, facts, flat, recorder.graphs)
+        return Compiled(plans, facts, flat, recorder.graphs, recipe)
 
     assert output is not None
     with ArtifactWriter(output, force) as writer:
@@ -145,7 +181,9 @@ def optimize(
             recipe=recipe.dump(),
             report=_timeless(facts),
         )
-    return Compiled(plans, facts, flat, recorder.graphs, Path(output))
+    if fit.workspace is not None:
+        fit.workspace.remove()
+    return Compiled(plans, facts, flat, recorder.graphs, recipe, Path(output))
 
 
 def load(path: str | os.PathLike[str], **options: Any) -> Session:
@@ -184,16 +222,78 @@ def original(model: str | os.PathLike[str], trust_remote_code: bool = False) -> 
 # --- steps ------------------------------------------------------------------------------------------
 
 
+def _eager(model: Any, checkpoint: Checkpoint | None) -> nn.Module:
+    return checkpoint.load() if checkpoint else model
+
+
+def _texts(
+    recipe: Recipe, checkpoint: Checkpoint | None, ids: Sequence[Tensor] | None
+) -> tuple[Text | None, Text | None]:
+    """The texts that weights are fitted to and formats are searched with, as far as they are needed."""
+    if recipe.rounding == "rtn" and not recipe.balance and recipe.budget is None:
+        return None, None
+    tokens = recipe.calibration_tokens * (1 if recipe.budget is None else 2)
+    if ids is not None:
+        text = Text([s.reshape(-1).long() for s in ids])
+    elif checkpoint is not None:
+        positions = checkpoint.config.get("max_position_embeddings", LENGTH)
+        text = read_calibration(recipe.calibration, checkpoint.path, tokens, positions)
+    else:
+        raise BadRequest(
+            reason="a module comes without a tokenizer, which calibration needs",
+            advice="pass calibration_ids, token ids of text like what the model will see",
+        )
+    return text.split() if recipe.budget is not None else (text, None)
+
+
+def _search(
+    program: Program, recipe: Recipe, fitted: Text | None, searched: Text, say: Progress
+) -> Found:
+    """Formats within the recipe's budget; what comes out is rounded as the artifact will be."""
+    fit = Fit(fitted.sequences if fitted else ())
+
+    def calibrate(quantized: Program) -> None:
+        Calibrate(fit.text, recipe.rounding).run(quantized)  # type: ignore[arg-type]
+
+    return search(
+        lambda wanted: before_quantization(program, wanted, fit),
+        recipe,
+        searched.sequences,
+        say,
+        calibrate if recipe.rounding != "rtn" else None,
+    )
+
+
+def _workspace(
+    output: str | os.PathLike[str] | None,
+    recipe: Recipe,
+    checkpoint: Checkpoint | None,
+    text: Text,
+) -> Workspace | None:
+    """Beside the artifact; a module cannot be told from another one, so its work is not kept."""
+    if output is None or checkpoint is None:
+        return None
+    files = [(s.name, s.stat().st_size, s.stat().st_mtime_ns) for s in checkpoint.shards]
+    key = {
+        "tokenmill": __version__, "recipe": recipe.dump(), "text": text.digest, "model": files,
+    }  # fmt: skip
+    path = Path(output)
+    return Workspace(path.with_name(f"{path.name}.work"), key)
+
+
 def _capture(
-    model: nn.Module,
+    streamed: Streamed,
     checkpoint: Checkpoint | None,
     example_ids: Tensor | None,
     max_positions: int | None,
 ) -> Program:
+    model, sources = streamed.model, streamed.sources
     name = checkpoint.name if checkpoint else type(model).__name__
     if hasattr(model, "set_attn_implementation"):
-        return capture_pretrained(model, name)
-    return capture(model, example=example_ids, max_positions=max_positions or 2048, name=name)
+        return capture_pretrained(model, name, sources)
+    return capture(
+        model, example=example_ids, max_positions=max_positions or 2048, name=name, sources=sources
+    )
 
 
 def check_weights(program: Program) -> None:

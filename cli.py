@@ -85,7 +85,53 @@ def optimize(
     ] = None,
     kv: Annotated[
         str | None,
-        typer.Option(metavar="FORMAT", help="Of the cache: fp32, bf16, int8. Default: bf16."),
+        typer.Option(metavar="FORMAT", help="Of the cache: fp32, bf16, int8, fp8. Default: bf16."),
+    ] = None,
+    rounding: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOW",
+            help="Of weights: rtn (to the nearest), clip, gptq. Default: gptq with --calibration or a budget, else rtn.",
+        ),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="UTF-8 text like what the model will see; rounding is fitted to it.",
+        ),
+    ] = None,
+    rotate: Annotated[
+        bool, typer.Option("--rotate", help="Spread outliers by an exact rotation before rounding.")
+    ] = False,
+    balance: Annotated[
+        bool,
+        typer.Option(
+            "--balance", help="Scale channels by their activations before rounding (AWQ)."
+        ),
+    ] = False,
+    max_loss: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOSS",
+            help="Find the smallest formats within this loss on unseen text: 1% of perplexity, or kl=0.01.",
+        ),
+    ] = None,
+    memory_budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Find the best formats that fit, weights and cache together: 24GiB.",
+        ),
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens in the cache of a --memory-budget. Default: 4096.")
+    ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GOAL", help="Within --max-loss, least size or most speed. Default: size."
+        ),
     ] = None,
     recipe: Annotated[
         Path | None,
@@ -111,7 +157,13 @@ def optimize(
     with answering(as_json) as answer:
         if output is None and not dry_run:
             raise BadRequest(reason="no output directory", advice="pass -o DIR, or --dry-run")
-        wanted = _recipe(recipe, weights=weights, kv=kv, targets=target)
+        budget = _given(
+            max_loss=max_loss, memory=memory_budget, context=context, objective=objective
+        )
+        wanted = _recipe(
+            recipe, budget, weights=weights, kv=kv, targets=target, rounding=rounding,
+            calibration=calibration, rotate=rotate or None, balance=balance or None,
+        )  # fmt: skip
         from . import api
 
         with progress_bar() as progress:
@@ -126,7 +178,7 @@ def optimize(
                 progress=progress,
             )
         path = None if dry_run else str(output)
-        answer.data = _public(compiled.facts) | {"path": path, "recipe": wanted.dump()}
+        answer.data = _public(compiled.facts) | {"path": path, "recipe": compiled.recipe.dump()}
         answer.shown = facts_view(compiled.facts)
         answer.shown.append(f"\nwould write {output}" if dry_run and output else "")
         if path:
@@ -190,14 +242,21 @@ def eval_(
     ] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens that are run together.")] = 512,
     stride: Annotated[int, typer.Option(min=1, help="Tokens from one window to the next.")] = 256,
+    continuations: Annotated[
+        int, typer.Option(min=0, help="With --against: prompts that both continue; 0: none.")
+    ] = 16,
+    continuation_tokens: Annotated[
+        int, typer.Option(min=1, help="At most so many tokens for each.")
+    ] = 64,
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Measure how well the artifact DIR predicts a text.
 
-    Gives bits per byte and perplexity; with --against also the KL divergence from the original, how
-    often both choose the same token, and the largest error of a logit.
+    Gives bits per byte and perplexity; with --against also their increase and its standard error, the
+    KL divergence from the original, how often both choose the same token, the largest error of a
+    logit, and for how many tokens greedy continuations of the text stay the same.
     """
     with answering(as_json) as answer:
         from .evaluate import evaluate, read_text
@@ -210,7 +269,16 @@ def eval_(
                 from . import api
 
                 original = api.original(against, trust_remote_code=trust_remote_code)
-            answer.data = evaluate(session, words, original, window, stride, progress)
+            answer.data = evaluate(
+                session,
+                words,
+                original,
+                window,
+                stride,
+                progress,
+                continuations,
+                continuation_tokens,
+            )
         answer.shown = [pairs({name: f"{value:.6g}" for name, value in answer.data.items()})]
 
 
@@ -332,13 +400,19 @@ def doctor(as_json: Json = False) -> None:
 # --- helpers --------------------------------------------------------------------------------------
 
 
-def _recipe(file: Path | None, **options: Any) -> Recipe:
+def _recipe(file: Path | None, budget: Mapping[str, Any], **options: Any) -> Recipe:
     """The recipe of a file, with the options that were given in its place."""
     from .recipe import Recipe
 
-    base = Recipe.load(file).dump() if file else {}
-    given = {name: value for name, value in options.items() if value is not None}
-    return Recipe.model_validate(base | given)
+    base = Recipe.load(file).model_dump(mode="json", exclude_unset=True) if file else {}
+    if budget:
+        options["budget"] = {**(base.get("budget") or {}), **budget}
+    return Recipe.model_validate(base | _given(**options))
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 @dataclass(frozen=True)

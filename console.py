@@ -93,7 +93,22 @@ def pairs(values: Mapping[str, str]) -> Table:
 
 def facts_view(facts: Mapping[str, Any]) -> list[RenderableType]:
     """What was, or would be, done to a model: sizes, passes, kernels."""
-    return ["", _sizes(facts), "", _passes(facts), "", _kernels(facts)]
+    searched = search_view(facts["search"]) if facts.get("search") else []
+    return ["", _sizes(facts), *searched, "", _passes(facts), "", _kernels(facts)]
+
+
+def search_view(found: Mapping[str, Any]) -> list[RenderableType]:
+    """What a search within a budget found, and which choices it measured."""
+    table = Table("weights", box=None, pad_edge=False)
+    for name in ("bits each", "cache", "perplexity", "KL, nats", ""):
+        table.add_column(name, justify="right")
+    for m in found["measured"]:
+        rise = f"{m['perplexity_percent']:+.2f}% ± {100 * m['rise_error']:.2f}%"
+        verdict = "taken" if m["chosen"] else "within" if m["within"] else "too much"
+        bits = f"{m['bits_per_weight']:.2f}"
+        table.add_row(size(m["bytes"]), bits, m["kv"], rise, f"{m['kl']:.2g}", verdict)
+    label = "budget: " if found["met"] else "warning: "
+    return ["", label + found["verdict"], "", table]
 
 
 def _sizes(facts: Mapping[str, Any]) -> Table:
@@ -106,10 +121,23 @@ def _sizes(facts: Mapping[str, Any]) -> Table:
         "parameters": f"{amount(parameters['total'])}, {amount(parameters['active'])} active",
         "weights": f"{size(original)} -> {size(stored)} ({ratio(original, stored)} smaller)",
         "formats": ", ".join(f"{name} {share:.1%}" for name, share in shares),
+        "quantized": _quantized(facts.get("quantized")),
         "KV per token": f"{size(cached)} ({size(expanded)} with full keys and values)",
         "peak memory": size(facts["peak_memory_bytes"]),
         "targets": ", ".join(facts["targets"]),
     })  # fmt: skip
+
+
+def _quantized(found: Mapping[str, Any] | None) -> str:
+    """How much is in 8 bits or fewer, and what should be but is not."""
+    if found is None:
+        return "unknown: an older tokenmill made this"
+    share, expected = f"{found['share']:.1%}", f"{found['expected']:.1%}"
+    head = (
+        f"{share} of the parameters (expected {expected}), {found['bits']:.2f} bits each on average"
+    )
+    missed = [f"not {e['wanted']}: {e['weight']}, {e['reason']}" for e in found["escaped"]]
+    return "\n".join([head, *missed])
 
 
 def _passes(facts: Mapping[str, Any]) -> Table:

@@ -29,6 +29,7 @@ EXTRAS = {
     "onnx": "ONNX export",
     "triton": "compiling for NVIDIA GPUs",
     "cuda": "running on NVIDIA GPUs",
+    "lm-eval": "tasks of lm-eval",
     "dev": "working on tokenmill",
 }
 
@@ -114,7 +115,7 @@ def _packages() -> dict[str, dict[str, str | None]]:
     packages: dict[str, dict[str, str | None]] = defaultdict(dict)
     for requirement in metadata.requires("tokenmill") or []:
         name = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
-        extra = re.search(r"extra == ['\"](\w+)", requirement)
+        extra = re.search(r"extra == ['\"]([\w-]+)", requirement)
         packages[extra[1] if extra else CORE][name] = _version(name)
     return dict(packages)
 

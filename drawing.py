@@ -19,6 +19,7 @@ from bisect import bisect_right, insort
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from math import ceil, floor, log10
 from statistics import fmean
 from typing import Any, TypeAlias
 from xml.etree.ElementTree import Element
@@ -32,6 +33,8 @@ EDGE = 8.0  # the width that an edge takes where it passes a row
 MARGIN = 10.0
 CHARACTER = 6.7  # of the 11 px monospace font in report.css
 SWEEPS = 24
+PLOT = (760.0, 340.0)  # a plot's size, and the room for its labels
+PLOT_LEFT, PLOT_ABOVE, PLOT_BELOW = 64.0, 26.0, 44.0
 
 Node: TypeAlias = Hashable
 Rows: TypeAlias = list[list[Node]]
@@ -104,6 +107,136 @@ def _edge(points: Sequence[tuple[float, float]]) -> Element:
         path += f"C{x0:.1f} {middle:.1f} {x1:.1f} {middle:.1f} {x1:.1f} {bottom:.1f}"
     tip = "m-3 -5l3 5l3 -5"
     return el("path", d=path + tip, class_="edge")
+
+
+# --- plots ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measurement to plot, with an error in y; ``kind`` is its class in report.css, ``note`` its tip."""
+
+    x: float
+    y: float
+    error: float
+    kind: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A quantity: its name, and how its values are written."""
+
+    name: str
+    text: Callable[[float], str]
+
+
+def plot(
+    title: str,
+    axes: tuple[Axis, Axis],
+    curve: Sequence[tuple[float, float]],
+    points: Sequence[Point],
+    limit: float | None,
+) -> Element:
+    """An ``<svg>`` of points with error bars, a curve that falls to the right, and a limit of y."""
+    high = max([p.y + p.error for p in points] + ([] if limit is None else [1.5 * limit]))
+    low = min(0.0, *(p.y - p.error for p in points))
+    curve = _below(curve, high)
+    flat = [x for x, y in curve if y < low + 0.04 * (high - low)]
+    right = max([p.x for p in points] + (flat[:1] or [x for x, _ in curve[-1:]]))
+    left = min([p.x for p in points] + [x for x, _ in curve[:1]])
+    frame = _Frame(left, max(right, left * 1.02), low, high)
+    shown = [(x, y) for x, y in curve if x <= frame.right]
+    path = "L".join("{:.1f} {:.1f}".format(*frame.at(x, y)) for x, y in shown)
+    return el(
+        "svg",
+        el("title", title),
+        *frame.draw(*axes),
+        *([el("path", d=f"M{path}", class_="curve")] if path else []),
+        *([] if limit is None else frame.limit(limit, f"budget: {axes[1].text(limit)}")),
+        *(mark for p in points for mark in frame.mark(p)),
+        viewBox=f"0 0 {PLOT[0]:.0f} {PLOT[1]:.0f}",
+        width=f"{PLOT[0]:.0f}",
+        height=f"{PLOT[1]:.0f}",
+        role="img",
+        class_="plot",
+    )
+
+
+def _below(curve: Sequence[tuple[float, float]], high: float) -> list[tuple[float, float]]:
+    """The part of a falling curve that is below ``high``, from where it comes in."""
+    inside = [(x, y) for x, y in curve if y <= high]
+    above = [(x, y) for x, y in curve if y > high]
+    if inside and above:
+        (x0, y0), (x1, y1) = above[-1], inside[0]
+        inside.insert(0, (x1 + (x0 - x1) * (high - y1) / (y0 - y1), high))
+    return inside
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Where values are on the page; a little room is left on all sides."""
+
+    left: float
+    right: float
+    low: float
+    high: float
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        across = 0.03 + 0.94 * (x - self.left) / (self.right - self.left)
+        up = 0.04 + 0.92 * (y - self.low) / ((self.high - self.low) or 1.0)
+        width, height = PLOT[0] - PLOT_LEFT - MARGIN, PLOT[1] - PLOT_BELOW - PLOT_ABOVE
+        return PLOT_LEFT + across * width, PLOT[1] - PLOT_BELOW - up * height
+
+    def draw(self, across: Axis, up: Axis) -> list[Element]:
+        bottom, end = PLOT[1] - PLOT_BELOW, PLOT[0] - MARGIN
+        drawn = [
+            el("text", up.name, x="4", y="14", class_="axis start"),
+            el("text", across.name, x=f"{end:.0f}", y=f"{PLOT[1] - 6:.0f}", class_="axis end"),
+        ]
+        for value in ticks(self.low, self.high):
+            _, y = self.at(self.left, value)
+            drawn.append(_line(PLOT_LEFT, y, end, y, "grid"))
+            text = el(
+                "text", up.text(value), x=f"{PLOT_LEFT - 8:.0f}", y=f"{y + 4:.1f}", class_="end"
+            )
+            drawn.append(text)
+        for value in ticks(self.left, self.right):
+            x, _ = self.at(value, self.low)
+            drawn.append(_line(x, bottom, x, bottom + 5, "tick"))
+            drawn.append(el("text", across.text(value), x=f"{x:.1f}", y=f"{bottom + 18:.0f}"))
+        return [*drawn, _line(PLOT_LEFT, bottom, end, bottom, "tick")]
+
+    def limit(self, value: float, name: str) -> list[Element]:
+        end = PLOT[0] - MARGIN
+        _, y = self.at(self.left, value)
+        text = el("text", name, x=f"{end:.0f}", y=f"{y - 6:.1f}", class_="end limit")
+        return [_line(PLOT_LEFT, y, end, y, "limit"), text]
+
+    def mark(self, point: Point) -> list[Element]:
+        x, y = self.at(point.x, point.y)
+        (_, top), (_, bottom) = (self.at(point.x, point.y + e) for e in (point.error, -point.error))
+        dot = el("circle", el("title", point.note), cx=f"{x:.1f}", cy=f"{y:.1f}", r="5")
+        return [el("g", _line(x, top, x, bottom, "error"), dot, class_=point.kind)]
+
+
+def _line(x0: float, y0: float, x1: float, y1: float, kind: str) -> Element:
+    return el("path", d=f"M{x0:.1f} {y0:.1f}L{x1:.1f} {y1:.1f}", class_=kind)
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Round values from ``low`` to ``high``, three to eight of them.
+
+    >>> ticks(0.0, 1.3), ticks(5.7e6, 6.4e6)
+    ([0.0, 0.5, 1.0], [5800000.0, 6000000.0, 6200000.0, 6400000.0])
+    """
+    if not high > low:
+        return [low]
+    rough = (high - low) / 5
+    power = 10.0 ** floor(log10(rough))
+    step = power * next(f for f in (1, 2, 5, 10) if f * power >= rough)
+    first, last = ceil(low / step - 1e-9), floor(high / step + 1e-9)
+    return [i * step for i in range(first, last + 1)]
 
 
 # --- layout ---------------------------------------------------------------------------------------

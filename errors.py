@@ -101,6 +101,14 @@ class BadRecipe(TokenmillError):
     remedy = "{advice}"
 
 
+class BudgetTooSmall(TokenmillError):
+    what = (
+        "a memory of {budget:,} bytes is too small: weights and the cache of {context:,} tokens need "
+        "{needed:,} at the least ({parts})"
+    )
+    remedy = "{advice}"
+
+
 class IllegalProgram(TokenmillError):
     what = "after pass {pass_name!r}: {reason}\n  node: {node}"
     remedy = "this is a defect of the pass: run with --check and report what it prints"
@@ -112,6 +120,11 @@ class WrongRewrite(TokenmillError):
         "{tolerance:.3g}, first at node {node}"
     )
     remedy = "leave this pass out (recipe: disable) and report the model's configuration"
+
+
+class WrongFormat(TokenmillError):
+    what = "weight {name!r} is stored in {found} and was to be in {wanted}\n  where: {where}"
+    remedy = "this is a defect of a pass after quantize: report it with the recipe"
 
 
 class NotLowered(TokenmillError):

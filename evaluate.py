@@ -6,13 +6,23 @@ Every token is scored exactly once, in the first window that holds it, so all bu
 window are predicted from at least ``window - stride`` tokens of context.  Bits per byte is the sum
 of ``-log2 p(token)`` over the UTF-8 bytes of the scored text; unlike perplexity it does not depend
 on the tokenizer.
+
+Next to an original, both models score the same windows.  The increase of bits per byte is a ratio of
+two sums over windows, the bits ``d`` that the artifact needs more over the bits ``b`` that the
+original needs; its standard error is that of a ratio estimator (Cochran, Sampling Techniques, ch. 6),
+``sqrt(n / (n - 1) sum (d - r b)^2) / sum b``, so that a loss can be told from the text's own spread.
+
+Continuations: prompts of up to ``PROMPT_TOKENS`` tokens are cut out of the text at regular places, after
+the begin token, none overlapping another.  The artifact continues each greedily; the original reads
+prompt and continuation once.  It would have written the same up to the first token that is not its
+own first choice there, and the number of tokens before that is the agreement of this continuation.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -29,6 +39,7 @@ Logits: TypeAlias = NDArray[np.float32]
 
 BATCH_BYTES = 128 << 20  # of logits that are held at once
 BLOCK_VALUES = 1 << 22  # of logits that are worked on at once, in float64
+PROMPT_TOKENS = 128
 
 
 class Window(NamedTuple):
@@ -60,18 +71,27 @@ def evaluate(
     window: int = 512,
     stride: int = 256,
     progress: Progress | None = None,
+    continuations: int = 0,
+    continuation_tokens: int = 64,
 ) -> dict[str, float | int]:
     """Score ``text`` (or its token ids); the module's docstring states the protocol.
 
     Gives ``bits_per_byte``, ``perplexity``, and how many ``tokens`` and ``bytes`` were scored.
-    With ``against``, an eager model that maps ids ``[B, T]`` to ``.logits``, also
-    ``original_bits_per_byte``, ``kl_mean`` (KL(original || artifact), nats per token),
-    ``top1_agreement``, ``max_abs_logit_error``, and for its scale ``logit_spread``, the standard
-    deviation of the original's logits.
+    With ``against``, an eager model that maps ids ``[B, T]`` to ``.logits``, also:
+
+    - ``original_bits_per_byte``; ``bits_per_byte_increase_percent`` with its
+      ``standard_error_percent`` (from two windows on); ``perplexity_increase_percent``;
+    - ``kl_mean`` (KL(original || artifact), nats per token), ``top1_agreement``,
+      ``max_abs_logit_error``, and for its scale ``logit_spread``, the standard deviation of the
+      original's logits;
+    - with ``continuations`` prompts of which each is continued by ``continuation_tokens``:
+      ``continuations`` (fewer where the text is short), and ``greedy_agreement_mean`` and
+      ``greedy_agreement_median``, in tokens that both write alike before the first difference, and
+      ``greedy_agreement_to_the_end``, the share of continuations without one.
     """
     window = min(window, session.positions)
     tokens, size = _tokens(session, text)
-    score, original, gap = _Score(), _Score(), _Gap()
+    score, original, gap, increase = _Score(), _Score(), _Gap(), _Increase()
     cuts = list(windows(len(tokens), window, stride))
     batch = max(1, BATCH_BYTES // (4 * window * session.vocab))
     for at in range(0, len(cuts), batch):
@@ -80,10 +100,10 @@ def evaluate(
         for cut, piece, logits in zip(chosen, pieces, session.logits_of(pieces), strict=True):
             first = cut.scored - cut.start
             rows = slice(first - 1, len(piece) - 1)
-            score.add(logits[rows], piece[first:])
+            bits = score.add(logits[rows], piece[first:])
             if against is not None:
                 eager = _eager_logits(against, piece, session.vocab)
-                original.add(eager[rows], piece[first:])
+                increase.add(bits, original.add(eager[rows], piece[first:]))
                 gap.add(eager[rows], logits[rows])
             if progress:
                 progress("evaluate", cut.stop, len(tokens))
@@ -95,7 +115,27 @@ def evaluate(
     }
     if against is None:
         return found
-    return found | {"original_bits_per_byte": original.bits / size} | gap.result()
+    found |= {"original_bits_per_byte": original.bits / size}
+    found |= increase.result(score.tokens) | gap.result()
+    if continuations:
+        new = min(continuation_tokens, session.positions // 2)
+        prompts = cut_prompts(session, tokens, continuations, new)
+        found |= _agreement(session, against, prompts, new, progress)
+    return found
+
+
+def cut_prompts(session: Session, tokens: Sequence[int], most: int, new: int) -> list[list[int]]:
+    """Up to ``most`` prompts with room for ``new`` tokens, from regular places of a text.
+
+    Each begins with the begin token, if the model has one.
+    """
+    begin = session.begin_tokens
+    text = tokens[len(begin) :] if list(tokens[: len(begin)]) == begin else tokens
+    room = min(PROMPT_TOKENS, session.positions - new) - len(begin)
+    length = max(1, min(room, len(text)))
+    count = min(most, max(1, len(text) // length))
+    starts = (i * (len(text) - length) // max(1, count - 1) for i in range(count))
+    return [begin + list(text[start : start + length]) for start in starts]
 
 
 def read_text(path: str | Path) -> str:
@@ -144,6 +184,32 @@ def _eager_logits(model: Any, tokens: Sequence[int], vocab: int) -> Logits:
     return np.asarray(logits, np.float32)
 
 
+def _agreement(
+    session: Session,
+    original: Any,
+    prompts: Sequence[Sequence[int]],
+    new: int,
+    progress: Progress | None,
+) -> dict[str, float | int]:
+    """How long greedy continuations of the prompts stay the same; see the module's docstring."""
+    say = progress or (lambda what, done, total: None)
+    say("continue", 0, len(prompts))
+    alike, whole = [], 0
+    for made, prompt in zip(session.generate(prompts, new), prompts, strict=True):
+        ids = [*prompt, *made.tokens]
+        choices = _eager_logits(original, ids[:-1], session.vocab)[len(prompt) - 1 :].argmax(-1)
+        differing = np.flatnonzero(choices != made.tokens)
+        alike.append(int(differing[0]) if differing.size else len(made.tokens))
+        whole += not differing.size
+        say("continue", len(alike), len(prompts))
+    return {
+        "continuations": len(alike),
+        "greedy_agreement_mean": float(np.mean(alike)),
+        "greedy_agreement_median": float(np.median(alike)),
+        "greedy_agreement_to_the_end": whole / len(alike),
+    }
+
+
 @dataclass
 class _Score:
     """Running sums over scored tokens."""
@@ -151,13 +217,39 @@ class _Score:
     bits: float = 0.0
     tokens: int = 0
 
-    def add(self, logits: Logits, targets: Sequence[int]) -> None:
-        wanted = np.asarray(targets)
+    def add(self, logits: Logits, targets: Sequence[int]) -> float:
+        """Count the tokens in; returns their bits."""
+        wanted, bits = np.asarray(targets), 0.0
         for block in _blocks(*logits.shape):
-            logp = _log_softmax(logits[block])
-            nats = -np.take_along_axis(logp, wanted[block, None], -1).sum()
-            self.bits += float(nats) / math.log(2)
+            nats = -np.take_along_axis(log_softmax(logits[block]), wanted[block, None], -1).sum()
+            bits += float(nats) / math.log(2)
+        self.bits += bits
         self.tokens += len(targets)
+        return bits
+
+
+@dataclass
+class _Increase:
+    """Bits that the artifact and the original need, window by window."""
+
+    windows: list[tuple[float, float]] = field(default_factory=list)
+
+    def add(self, artifact: float, original: float) -> None:
+        self.windows.append((artifact, original))
+
+    def result(self, tokens: int) -> dict[str, float | int]:
+        ours, theirs = np.array(self.windows).T
+        more, count = ours - theirs, len(theirs)
+        ratio = more.sum() / theirs.sum()
+        found = {
+            "bits_per_byte_increase_percent": 100 * float(ratio),
+            "perplexity_increase_percent": 100 * (2 ** min(float(more.sum()) / tokens, 1000.0) - 1),
+        }
+        if count > 1:
+            residual = more - ratio * theirs
+            error = math.sqrt(count / (count - 1)) * np.linalg.norm(residual) / theirs.sum()
+            found["standard_error_percent"] = 100 * float(error)
+        return found
 
 
 @dataclass
@@ -175,7 +267,7 @@ class _Gap:
     def add(self, original: Logits, artifact: Logits) -> None:
         for block in _blocks(*original.shape):
             a, b = original[block].astype(np.float64), artifact[block]
-            logp, logq = _log_softmax(a), _log_softmax(b)
+            logp, logq = log_softmax(a), log_softmax(b)
             self.kl += float((np.exp(logp) * (logp - logq)).sum())
             self.agreed += int((a.argmax(-1) == b.argmax(-1)).sum())
             self.worst = max(self.worst, float(np.abs(a - b).max()))
@@ -199,7 +291,8 @@ def _blocks(rows: int, vocab: int) -> Iterator[slice]:
     return (slice(at, at + step) for at in range(0, rows, step))
 
 
-def _log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
+def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
+    """In float64; ``logits`` is ``[rows, vocab]``."""
     shifted: NDArray[np.float64] = logits.astype(np.float64) - logits.max(-1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(-1, keepdims=True))
     return shifted

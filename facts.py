@@ -17,7 +17,7 @@ from .ir.plan import DTYPE_BYTES, Device, Experts, Plan
 from .ir.program import Program, Stage, module_path, shape
 from .passes.base import Pass, calls, mill
 from .passes.pipeline import PassResult
-from .passes.quantize import Quantize
+from .passes.quantize import Decision, Quantize, shares
 from .recipe import Recipe
 
 
@@ -86,6 +86,7 @@ class Recorder:
             "kv_bytes_per_token": kv_bytes,
             "kv_bytes_per_token_expanded": self._expanded * kv.FORMATS[recipe.kv],
             "weights_by_format": {f: n / total for f, n in sorted(share.items())},
+            "quantized": _quantized(decisions),
             "formats": [
                 {"weight": d.weight, "role": d.role, "format": d.format, "parameters": d.parameters,
                  "bytes": d.bytes} for d in decisions
@@ -113,6 +114,17 @@ def idle_parameters(plan: Plan) -> int:
             per_expert = s.inter * s.hidden * (3 if s.gated else 2)
             idle += (s.experts - s.top_k) * per_expert
     return idle
+
+
+def _quantized(decisions: Sequence[Decision]) -> dict[str, Any]:
+    """How much is stored in fewer than 16 bits, next to how much the recipe wants so."""
+    stored, expected = shares(decisions)
+    bits = 8 * sum(d.bytes for d in decisions) / (sum(d.parameters for d in decisions) or 1)
+    escaped = [
+        {"weight": d.weight, "format": d.format, "wanted": d.wanted, "parameters": d.parameters,
+         "reason": d.escaped} for d in decisions if d.escaped
+    ]  # fmt: skip
+    return {"share": stored, "expected": expected, "bits": bits, "escaped": escaped}
 
 
 def _kv_values(attention: fx.Node) -> int:

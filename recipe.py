@@ -13,6 +13,8 @@ bf16       bf16    bf16           bf16             bf16       fp32
 fp32       fp32    fp32           fp32             fp32       fp32
 =========  ======  =============  ===============  =========  ============
 
+Only a rule puts embeddings in INT8.
+
 >>> recipe = Recipe(weights="int4", rules=[Rule(match="model.layers.0.*", format="bf16")])
 >>> recipe.format_for(["model.layers.1.mlp.experts.down_proj"], "expert")
 'int4-g32'
@@ -22,6 +24,8 @@ fp32       fp32    fp32           fp32             fp32       fp32
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -45,11 +49,20 @@ Role: TypeAlias = Literal["embedding", "head", "linear", "expert", "router", "la
 WeightFormat: TypeAlias = Literal[
     "fp32", "bf16", "int8", "int4", "int4-g32", "int4-g64", "int4-g128", "fp8"
 ]
-CacheFormat: TypeAlias = Literal["fp32", "bf16", "int8"]
+CacheFormat: TypeAlias = Literal["fp32", "bf16", "int8", "fp8"]
+
+Rounding: TypeAlias = Literal["rtn", "clip", "gptq"]
+Objective: TypeAlias = Literal["size", "speed"]
 
 ROLES: tuple[Role, ...] = get_args(Role)
 WEIGHT_FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
 CACHE_FORMATS: tuple[CacheFormat, ...] = get_args(CacheFormat)
+# The values of fields that name one of a few, other than the formats of weights.
+_KNOWN: dict[str, tuple[str, ...]] = {
+    "kv": CACHE_FORMATS,
+    "rounding": get_args(Rounding),
+    "objective": get_args(Objective),
+}
 
 _HIGH: tuple[WeightFormat, ...] = ("fp32", "bf16")
 # What these roles may be, whatever a rule says, and why.
@@ -61,18 +74,24 @@ _SENSITIVE: dict[str, tuple[tuple[WeightFormat, ...], str]] = {
         "W_UK and W_UV enter every attention score and lose far more than 4 or 8 floating bits save",
     ),
     "embedding": (
-        _HIGH,
+        (*_HIGH, "int8"),
         "embedding rows are looked up, a few bytes a token: little to save, much to lose",
     ),
 }
 
 
+def allowed(role: str | None) -> tuple[WeightFormat, ...]:
+    """The formats that weights of this role may have."""
+    return _SENSITIVE.get(role or "", (WEIGHT_FORMATS, ""))[0]
+
+
 def _unfit(role: str | None, format: WeightFormat) -> str | None:
     """Why weights of this role must not have this format; None if they may."""
-    allowed, why = _SENSITIVE.get(role or "", (WEIGHT_FORMATS, ""))
-    if format in allowed:
+    formats = allowed(role)
+    if format in formats:
         return None
-    return f"role {role} may be {', '.join(allowed[:-1])} or {allowed[-1]} only: {why}"
+    why = _SENSITIVE[role or ""][1]
+    return f"role {role} may be {', '.join(formats[:-1])} or {formats[-1]} only: {why}"
 
 
 def _spell_out(name: WeightFormat) -> WeightFormat:
@@ -114,8 +133,66 @@ class Rule(BaseModel):
         return any(fnmatchcase(name, self.match) for name in names)
 
 
+_MAX_LOSS = re.compile(r"(?P<percent>\d+(\.\d+)?)\s*%|kl\s*=\s*(?P<kl>\d+(\.\d+)?(e-?\d+)?)")
+_MEMORY = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[kKMGT]?i?B)")
+_UNITS = {
+    f"{p}{i}B": b**n for i, b in (("", 1000), ("i", 1024)) for n, p in enumerate(("", *"KMGT"))
+}
+
+
+class Budget(BaseModel):
+    """What may be lost or spent; formats are searched for within it, and ``Recipe.rules`` found.
+
+    ``max_loss`` is a rise of perplexity on held-out text (``1%``) or a mean KL divergence in nats
+    (``kl=0.01``); ``memory`` (``24GiB``) holds the weights and the cache of ``context`` tokens.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_loss: str | None = None
+    memory: str | None = None
+    context: int = Field(default=4096, ge=1)
+    objective: Objective = "size"
+
+    @model_validator(mode="after")
+    def _check(self) -> Budget:
+        if self.max_loss is None and self.memory is None:
+            raise ValueError("a budget needs max_loss or memory")
+        if self.max_loss is not None and not _MAX_LOSS.fullmatch(self.max_loss):
+            raise ValueError(f"max_loss {self.max_loss!r} is neither like 1% nor like kl=0.01")
+        if self.memory is not None and self.memory_bytes is None:
+            raise ValueError(f"memory {self.memory!r} is not like 24GiB or 800MB")
+        return self
+
+    @property
+    def measure(self) -> Literal["perplexity", "kl"]:
+        """What ``max_loss`` bounds."""
+        return "kl" if (self.max_loss or "").startswith("kl") else "perplexity"
+
+    @property
+    def nats(self) -> float | None:
+        """The loss per token that may be added: of the log likelihood, or as KL divergence."""
+        match = _MAX_LOSS.fullmatch(self.max_loss or "")
+        if match is None:
+            return None
+        if match["kl"]:
+            return float(match["kl"])
+        return math.log1p(float(match["percent"]) / 100)
+
+    @property
+    def memory_bytes(self) -> int | None:
+        match = _MEMORY.fullmatch(self.memory or "")
+        return match and int(float(match["number"]) * _UNITS[match["unit"].replace("k", "K")])
+
+
 class Recipe(BaseModel):
     """Everything a user may ask of :func:`tokenmill.optimize`; YAML files have the same fields.
+
+    ``rounding`` is how the stored numbers are chosen: to the nearest (``rtn``), so with INT4 ranges that are
+    clipped where that pays (``clip``), or so that outputs change least (``gptq``, the default where
+    ``calibration`` names a text or ``budget`` a limit).  The last two measure inputs on ``calibration_tokens`` of that text, or of
+    the one that comes with tokenmill.  ``rotate`` and ``balance`` change the weights before, exactly, so that
+    less is lost: by an orthogonal map of the residual stream, by factors that inputs and weights share.
 
     ``max_step_tokens`` and ``max_step_rows`` bound what one step carries: the tokens that go in and
     the rows of logits that come out.  Working memory is planned for them.
@@ -126,6 +203,12 @@ class Recipe(BaseModel):
     weights: Weight = "bf16"
     kv: CacheFormat = "bf16"
     rules: Sequence[Rule] = ()
+    rounding: Rounding = "rtn"
+    calibration: str | None = None
+    calibration_tokens: int = Field(default=32768, ge=1, strict=True)
+    rotate: bool = False
+    balance: bool = False
+    budget: Budget | None = None
     targets: Annotated[Sequence[Annotated[str, Field(min_length=1)]], Field(min_length=1)] = (
         "cpu",
     )
@@ -141,6 +224,14 @@ class Recipe(BaseModel):
             return build(data)
         except ValidationError as error:
             raise _bad_recipe(error.errors()[0]) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_is_to_be_used(cls, data: Any) -> Any:
+        wanted = ("calibration", "budget")
+        if isinstance(data, dict) and any(data.get(name) is not None for name in wanted):
+            return {"rounding": "gptq"} | data
+        return data
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -216,19 +307,15 @@ def _bad_recipe(detail: ErrorDetails) -> BadRecipe:
             reason, advice = "unknown field", f"known fields: {', '.join(owner.model_fields)}"
         case "literal_error":
             reason = f"unknown value {detail['input']!r}"
-            advice = f"use one of {', '.join(_known(str(detail['loc'][-1])))}"
+            advice = f"use one of {', '.join(_KNOWN.get(str(detail['loc'][-1]), WEIGHT_FORMATS))}"
         case "missing":
             reason, advice = "missing", "a rule needs `match` and `format`"
         case "value_error":
-            advice = "change or remove this rule"
+            advice = "change or remove it"
         case _:
             reason = f"{reason} (found {detail['input']!r})"
             advice = f"the defaults are {Recipe().dump()}"
     return BadRecipe(where=where, reason=reason, advice=advice)
-
-
-def _known(field: str) -> tuple[str, ...]:
-    return CACHE_FORMATS if field == "kv" else WEIGHT_FORMATS
 
 
 def _location(loc: tuple[int | str, ...]) -> str:

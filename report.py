@@ -7,13 +7,14 @@ shows, not even the time that a pass took.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any, TypeAlias
 from xml.etree.ElementTree import Element, tostring
 
-from .drawing import draw, el
+from .drawing import Axis, Point, draw, el, plot
 from .units import amount, ratio, size
 
 Facts: TypeAlias = Mapping[str, Any]
@@ -36,6 +37,7 @@ def render(facts: Facts, sources: Mapping[str, str]) -> str:
             "body",
             _header(facts),
             _tiles(facts),
+            *_search(facts.get("search")),
             *_passes(facts["passes"]),
             *_drawings(facts["layer"]),
             *_formats(facts),
@@ -90,6 +92,116 @@ def _tile(name: str, value: str, note: str, mood: str = "") -> Element:
         el("div", note, class_="note"),
         class_=f"tile {mood}".strip(),
     )
+
+
+def _search(found: Facts | None) -> list[Element]:
+    """What formats were searched for, what they lose, and what else was there."""
+    if found is None:
+        return []
+    return [
+        el("h2", "Formats within a budget"),
+        el("p", found["verdict"], class_="good" if found["met"] else "bad"),
+        el("figure", el("div", _pareto(found), class_="canvas"), class_="alone"),
+        el("p", "Curve: the least loss for each size, predicted from the losses of single weights "
+                "and scaled to what was measured. Points: choices that were measured, with their "
+                "standard errors. A choice counts as within the budget only with two standard errors "
+                "to spare, and its divergence within it too."),
+        _measured(found),
+        el("h3", "What each weight loses by itself"),
+        el("p", f"KL divergence in thousandths of a nat per token when only this one is rounded, to the "
+                f"nearest, from {found['forks']} partial runs of the model; the format taken is marked."),
+        _sensitivities(found["units"]),
+    ]  # fmt: skip
+
+
+def _pareto(found: Facts) -> Element:
+    if found["budget"]["measure"] == "perplexity":
+        name, value, error, shown = "perplexity, change in %", "rise", "rise_error", _percent
+    else:
+        name, value, error, shown = "KL divergence, nats / 1000", "kl", "kl_error", _thousandths
+    measured, limit = found["measured"], found["budget"]["nats"]
+    scale = _slope([(m["predicted"], m[value]) for m in measured])
+    points = [
+        Point(m["cost"], shown(m[value]), shown(m[error]), _standing(m),
+              f"{size(m['cost'])}, {m['bits_per_weight']:.2f} bits per weight: {_loss_text(m)}")
+        for m in measured
+    ]  # fmt: skip
+    curve = [(p["cost"], shown(scale * p["predicted"])) for p in found["frontier"]]
+    axes = Axis(found["cost"], size), Axis(name, lambda y: f"{y:.3g}")
+    return plot("Size and loss", axes, curve, points, None if limit is None else shown(limit))
+
+
+def _percent(nats: float) -> float:
+    return 100 * math.expm1(nats)
+
+
+def _thousandths(nats: float) -> float:
+    return 1000 * nats
+
+
+def _slope(pairs: Sequence[tuple[float, float]]) -> float:
+    """Of the line through the origin that is nearest to the pairs (least squares)."""
+    squares = sum(x * x for x, _ in pairs)
+    slope = sum(x * y for x, y in pairs) / squares if squares else 1.0
+    return slope if slope > 0 else 1.0
+
+
+def _standing(measured: Facts) -> str:
+    return "chosen" if measured["chosen"] else "within" if measured["within"] else "beyond"
+
+
+def _loss_text(found: Facts) -> str:
+    percent, error = found["perplexity_percent"], 100 * found["rise_error"]
+    return f"perplexity {percent:+.2f}% ± {error:.2f}%"
+
+
+def _measured(found: Facts) -> Element:
+    words = {"chosen": "taken", "within": "within", "beyond": "too much"}
+    rows = [
+        (
+            el("strong", size(m["bytes"])) if m["chosen"] else size(m["bytes"]),
+            f"{m['bits_per_weight']:.2f}",
+            m["kv"],
+            size(m["held_bytes"]),
+            size(m["read_bytes"]),
+            f"{m['perplexity_percent']:+.2f}% ± {100 * m['rise_error']:.2f}%",
+            f"{m['kl']:.2g}",
+            words[_standing(m)],
+        )
+        for m in found["measured"]
+    ]
+    head = (
+        "Weights", "Bits each", "Cache", f"With cache of {found['budget']['context']:,} tokens",
+        "Read per token", "Perplexity", "KL, nats", "Verdict",
+    )  # fmt: skip
+    return _table(head, rows, numbers={0, 1, 3, 4, 5, 6})
+
+
+def _sensitivities(units: Sequence[Facts]) -> Element:
+    """Units in the order in which they lose most; formats from the fewest bits on."""
+    searched = [u for u in units if u["searched"] or u["role"] == "cache"]
+    sizes: dict[str, float] = {}
+    for unit in searched:
+        for c in unit["candidates"]:
+            bits = c["bytes"] / unit["parameters"] if unit["parameters"] else math.inf
+            sizes[c["format"]] = min(bits, sizes.get(c["format"], math.inf))
+    formats = sorted(sizes, key=lambda f: (sizes[f], f))
+    order = sorted(searched, key=lambda u: -max(c["loss"] for c in u["candidates"]))
+    rows = [(_unit_name(u), u["role"], *_cells(u, formats)) for u in order]
+    table = _table(("Weights", "Role", *formats), rows, numbers=set(range(2, 2 + len(formats))))
+    return el("details", el("summary", f"{len(rows)} weights"), table)
+
+
+def _unit_name(unit: Facts) -> Cell:
+    first, *others = unit["weights"] or ["all layers"]
+    more = [el("span", f" and {len(others)} more", class_="soft")] if others else []
+    return el("div", el("code", first), *more)
+
+
+def _cells(unit: Facts, formats: Sequence[str]) -> list[Cell]:
+    losses = {c["format"]: f"{1000 * c['loss']:.3g}" for c in unit["candidates"]}
+    chosen = unit["chosen"]
+    return [el("strong", losses[f]) if f == chosen else losses.get(f, "") for f in formats]
 
 
 def _passes(passes: Sequence[Facts]) -> list[Element]:
@@ -152,8 +264,24 @@ def _formats(facts: Facts) -> list[Element]:
         el("p", "Share of the parameters in each format; below, weights of one kind in one row."),
         el("div", *bar, class_="bar"),
         el("div", *keys, class_="legend"),
+        *_quantized(facts["quantized"]),
         _table(head, rows, numbers={3, 4, 5}),
     ]
+
+
+def _quantized(found: Facts) -> list[Element]:
+    """How much is in 8 bits or fewer, and what should be but is not."""
+    said = el(
+        "p",
+        f"Quantized: {found['share']:.1%} of the parameters (expected {found['expected']:.1%}); "
+        f"{found['bits']:.2f} bits per parameter on average.",
+    )
+    rows = [
+        (el("code", e["weight"]), el("code", e["wanted"]), amount(e["parameters"]), e["reason"])
+        for e in found["escaped"]
+    ]
+    head = ("Stays in fp32", "Wanted", "Parameters", "Why")
+    return [said, _table(head, rows, numbers={2})] if rows else [said]
 
 
 def _by_module(

@@ -54,7 +54,7 @@ COMPILED_TOKENS = (1, 64, 512)
 HEADS = (16, 128)
 CONTEXTS = (1024, 4096, 32768)
 SEQUENCES = (1, 32, 128)
-LATENT_FORMATS = ("bf16", "int8")
+LATENT_FORMATS = ("bf16", "int8", "fp8")
 NOPE, ROPE, LATENT, VALUE = 128, 64, 512, 128
 EXPANDED_MOST = 4 << 30  # bytes of keys and values of all heads
 

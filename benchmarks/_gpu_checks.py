@@ -196,7 +196,7 @@ def _bound(kernels: Checked, spec: KernelSpec, batch: Batch) -> float:
         case LatentAttend(up_format="bf16" | "int8"):
             return NARROW
         case CacheWrite():
-            return 1 / 126 if spec.format == "int8" else 2.0**-7 if spec.format == "bf16" else 1e-30
+            return {"fp32": 1e-30, "bf16": 2.0**-7, "int8": 1 / 126, "fp8": 2.0**-3}[spec.format]
         case _ if kernels.dtype == "bf16":
             return NARROW
         case Experts() if spec.down_format != "fp32":

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from _gpu_cases import PAGE, Parts, weight_parts
 from tokenmill.ir import plan as plans
-from tokenmill.ir.cache import CacheSpec
+from tokenmill.ir.cache import CacheSpec, encode
 from tokenmill.ir.plan import KernelSpec
 from tokenmill.runtime.device import Device, Work
 from tokenmill.runtime.schedule import Binary, Launch, Scratch
@@ -104,14 +104,8 @@ class Memory:
         """``[pages, PAGE, row_bytes]`` of random rows."""
         rows = self.array((pages * PAGE, spec.row_bytes), torch.uint8)
         for part in rows.split(max(1, CHUNK // spec.row_bytes)):
-            if spec.format == "int8":
-                part.random_(0, 256, generator=self.rng)
-                tiles = sum(p.tiles for p in spec.parts)
-                scale = torch.empty(len(part), tiles, device=part.device).fill_(1 / INT8_SPREAD)
-                part[:, spec.scale_offset :] = scale.view(torch.uint8)
-            else:
-                dtype = torch.bfloat16 if spec.format == "bf16" else torch.float32
-                part.view(dtype).normal_(generator=self.rng)
+            wide = [torch.empty(len(part), p.width, device=part.device) for p in spec.parts]
+            part.copy_(encode(spec, [x.normal_(generator=self.rng) for x in wide]))
         return rows.view(pages, PAGE, spec.row_bytes)
 
     def clear(self) -> None:

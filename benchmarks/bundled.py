@@ -34,6 +34,7 @@ FORMATS = [  # weights, cache
     ("fp32", "fp32"),
     ("bf16", "bf16"),
     ("bf16", "int8"),
+    ("bf16", "fp8"),
     ("int8", "bf16"),
     ("fp8", "bf16"),
     ("int4-g32", "bf16"),

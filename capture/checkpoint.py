@@ -9,14 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 
 from ..errors import (
     BadWeight,
@@ -25,11 +23,13 @@ from ..errors import (
     ModelNotFound,
     NeedsRemoteCode,
     NotAModel,
-    Unsupported,
     WeightsDamaged,
     WeightsMismatch,
     WeightsMissing,
 )
+from .packed import Packed
+from .shards import DTYPES, Shards, Source, header
+from .streaming import LIBRARY_ERRORS, NotStreamable, Tensors, fake, fill, skeleton, sources
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -65,20 +65,76 @@ class Checkpoint:
         Raises BadWeight for NaN or Inf, WeightsMissing or WeightsMismatch if the weights are not those
         of the config.
         """
-        transformers = _transformers()
-        for shard in self.shards:
-            _check_values(shard)
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
+        if "quantization_config" in self.config:
+            return self._unpacked().to(getattr(torch, dtype))
+        transformers = _quiet()
+        self.check_values()
         try:
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 self.path, dtype=dtype, trust_remote_code=self.trust_remote_code,
                 output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True,
             )  # fmt: skip
-        except (ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
+        except LIBRARY_ERRORS as error:
             raise _refused(self.path, error) from error
         _check_loaded(self.path, info)
         return model.eval()
+
+    def stream(self) -> Streamed:
+        """The model in fp32 for tracing, and where its weights are read; errors as in :meth:`load`.
+
+        A checkpoint of which that cannot be told is loaded as a whole.
+        """
+        try:
+            model, found = self._open()
+        except (NotStreamable, *LIBRARY_ERRORS) as error:
+            if "quantization_config" in self.config:
+                raise _refused(self.path, error) from error
+            return Streamed(self.load(), note=f"loaded as a whole: {_first_line(error)}")
+        fake(model)
+        return Streamed(model, found)
+
+    def _unpacked(self) -> Any:
+        """The model with the numbers that the quantized weights stand for."""
+        try:
+            model, found = self._open()
+        except (NotStreamable, *LIBRARY_ERRORS) as error:
+            raise _refused(self.path, error) from error
+        fill(model, found)
+        return model
+
+    def _open(self) -> tuple[Any, dict[str, Source]]:
+        transformers = _quiet()
+        config = transformers.AutoConfig.from_pretrained(
+            self.path, trust_remote_code=self.trust_remote_code, local_files_only=True
+        )
+        tensors: Tensors = Shards(self.shards)
+        if packed := self.config.get("quantization_config"):
+            tensors = Packed(Shards(self.shards), packed, str(self.path / "config.json"))
+            config.quantization_config = None
+        self.check_values()
+        model = skeleton(config, self.trust_remote_code)
+        found, report = sources(model, tensors)
+        _check_loaded(self.path, vars(report))
+        return model, found
+
+    def check_values(self) -> None:
+        """Raise BadWeight under the name that a tensor has in its file; loading may fuse it with others."""
+        shards = Shards(self.shards)
+        for name in shards:
+            if count := shards.invalid(name):
+                raise BadWeight(name=name, count=count)
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A model whose weights are not there but in ``sources``, by their names in its state dict.
+
+    If ``note`` says why that was not possible, they are there, and ``sources`` is empty.
+    """
+
+    model: Any
+    sources: Mapping[str, Source] = field(default_factory=dict)
+    note: str = ""
 
 
 def open_checkpoint(model: str | Path, trust_remote_code: bool = False) -> Checkpoint:
@@ -92,12 +148,6 @@ def open_checkpoint(model: str | Path, trust_remote_code: bool = False) -> Check
     config = _config(path)
     if "auto_map" in config and not trust_remote_code and not _known(config):
         raise NeedsRemoteCode(path=str(model), reason="config.json: auto_map")
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise Unsupported(
-            reason=f"the checkpoint is already quantized ({method})",
-            where=str(path / "config.json"), advice="use the bf16 or fp32 checkpoint of this model",
-        )  # fmt: skip
     shards = tuple(_shards(path))
     for shard in shards:
         check_safetensors(shard)
@@ -179,12 +229,6 @@ def _shards(path: Path) -> Iterator[Path]:
         yield path / name
 
 
-_WIDTH = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
-    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "U32": 4, "U64": 8, "C64": 8,
-}  # fmt: skip
-
-
 def check_safetensors(file: Path) -> None:
     """Raise WeightsDamaged unless header and size of a safetensors file agree."""
 
@@ -192,28 +236,23 @@ def check_safetensors(file: Path) -> None:
         return WeightsDamaged(file=str(file), reason=reason)
 
     size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if 8 + length > size:
-            raise damaged("the file ends inside its header")
-        try:
-            header = json.loads(stream.read(length))
-            spans = [_span(name, t) for name, t in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise damaged(f"the header is damaged ({error})") from error
+    try:
+        entries, start = header(file)
+        spans = [_span(name, entry) for name, entry in entries.items()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged(f"the header is damaged ({error})") from error
     end = 0
     for begin, stop in sorted(spans):
         if begin != end:
             raise damaged("the header is damaged (tensors overlap or leave gaps)")
         end = stop
-    if 8 + length + end != size:
-        raise damaged(f"{size} bytes where the header describes {8 + length + end}")
+    if start + end != size:
+        raise damaged(f"{size} bytes where the header describes {start + end}")
 
 
 def _span(name: str, tensor: dict[str, Any]) -> tuple[int, int]:
     begin, end = (int(o) for o in tensor["data_offsets"])
-    if end - begin != math.prod(tensor["shape"]) * _WIDTH[tensor["dtype"]]:
+    if end - begin != math.prod(tensor["shape"]) * DTYPES[tensor["dtype"]].itemsize:
         raise ValueError(f"tensor {name!r} has {end - begin} bytes")
     return begin, end
 
@@ -235,15 +274,6 @@ def _check_sums(path: Path, shards: tuple[Path, ...]) -> None:
         with shard.open("rb") as stream:
             if hashlib.file_digest(stream, "sha256").hexdigest() != wanted:
                 raise WeightsDamaged(file=str(shard), reason="its SHA-256 is not the published one")
-
-
-def _check_values(shard: Path) -> None:
-    """Raise BadWeight under the name that the tensor has in its file; loading may fuse it with others."""
-    with safe_open(shard, framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118  (not a mapping)
-            value = tensors.get_tensor(name)
-            if value.is_floating_point() and not (finite := torch.isfinite(value.float())).all():
-                raise BadWeight(name=name, count=int((~finite).sum()))
 
 
 # --- after loading ----------------------------------------------------------------------------------
@@ -268,6 +298,13 @@ def _refused(path: Path, error: Exception) -> NotAModel:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
+
+
+def _quiet() -> Any:
+    transformers = _transformers()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
 
 
 def _transformers() -> Any:

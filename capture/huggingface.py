@@ -17,6 +17,7 @@ from ..errors import Unsupported
 from ..ir import expr, ops
 from ..ir.program import Program
 from .module import capture
+from .shards import Source
 
 _NAME = "tokenmill"
 # Keyword arguments of an attention call that say nothing about what it computes.
@@ -33,7 +34,9 @@ _GATED.append("square(relu(acc0)) * acc1")
 _PLAIN = [g.removesuffix(" * acc1") for g in _GATED]
 
 
-def capture_pretrained(model: Any, name: str) -> Program:
+def capture_pretrained(
+    model: Any, name: str, sources: Mapping[str, Source] | None = None
+) -> Program:
     """Trace a ``PreTrainedModel`` with a language-model head, in fp32; see :func:`.module.capture`."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -54,6 +57,7 @@ def capture_pretrained(model: Any, name: str) -> Program:
         takes_positions=True,
         max_positions=config.max_position_embeddings,
         name=name,
+        sources=sources,
     )
     attentions = sum(n.target is ops.OPS["attention"].overload for n in program.graph.nodes)
     if attentions == 0:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from ..errors import Unsupported
 from ..ir.program import Program, Stage, Weights
 from ..ir.program import where as location
+from .shards import Source
 
 # Shape checks that export leaves in the graph: the token-independence proof covers what they guard.
 _CHECKS = {
@@ -53,8 +55,12 @@ def capture(
     example: Tensor | None = None,
     max_positions: int,
     name: str = "model",
+    sources: Mapping[str, Source] | None = None,
 ) -> Program:
     """Trace ``call(model, ids[, positions]) -> logits [1, T, V]`` with symbolic T.
+
+    ``sources`` tell where weights are read that the model does not hold: its parameters of those names are
+    fake tensors.  None is read here.
 
     Raises Unsupported, with the place in the model, if the module cannot be exported that way.
     """
@@ -70,8 +76,15 @@ def capture(
     with torch.no_grad(), warnings.catch_warnings():
         # Raised inside torch.export about its own tree specs.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
+        inputs = tuple(_like_parameters(model, value) for value in inputs)
         exported = _export(_Call(model.eval(), call), inputs, tuple({1: tokens} for _ in inputs))
-    return _to_program(exported, max_positions, name)
+    return _to_program(exported, max_positions, name, sources or {})
+
+
+def _like_parameters(model: nn.Module, value: Tensor) -> Tensor:
+    """The value as a fake tensor if the model's parameters are fake, for they must be of one kind."""
+    first = next((p for p in model.parameters() if isinstance(p, FakeTensor)), None)
+    return value if first is None else first.fake_mode.from_tensor(value)
 
 
 def _export(module: nn.Module, inputs: tuple[Tensor, ...], dynamic: Any) -> ExportedProgram:
@@ -123,9 +136,11 @@ def _export_advice(text: str) -> str:
     return "make the module traceable by torch.export, or register the part as one custom op"
 
 
-def _to_program(exported: ExportedProgram, max_positions: int, name: str) -> Program:
+def _to_program(
+    exported: ExportedProgram, max_positions: int, name: str, sources: Mapping[str, Source]
+) -> Program:
     graph, values = fx.Graph(), dict[fx.Node, fx.Node]()
-    weights, owner = _weights(exported)
+    weights, owner = _weights(exported, sources)
     specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
     users = iter(("ids", "positions"))
     for node in exported.graph.nodes:
@@ -156,26 +171,38 @@ def _to_program(exported: ExportedProgram, max_positions: int, name: str) -> Pro
     return program
 
 
-def _weights(exported: ExportedProgram) -> tuple[Weights, dict[str, str]]:
+def _weights(
+    exported: ExportedProgram, sources: Mapping[str, Source]
+) -> tuple[Weights, dict[str, str]]:
     """Weights under the names the user knows; ``owner`` maps every traced name to its weight.
 
     Tied parameters arrive under several names and become one weight.
     """
-    given: dict[str, Tensor] = {}
+    weights = Weights({})
     owner: dict[str, str] = {}
-    seen: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
+    seen: dict[Hashable, str] = {}
     for traced, value in {**exported.state_dict, **exported.constants}.items():
         if not isinstance(value, Tensor):
             continue
         tensor = value.detach()
         name = traced.removeprefix("model.")
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if not tensor.is_meta and tensor.numel() and key in seen:
+        source = sources.get(name)
+        key: Hashable = id(source)
+        if source is None:
+            key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+            if tensor.is_meta or not tensor.numel():
+                key = name
+        if key in seen:
             owner[traced] = seen[key]
             continue
-        given[name], owner[traced] = tensor, name
-        seen[key] = name
-    return Weights(given), owner
+        if source is None:
+            weights.add(name, tensor)
+        else:
+            weights.read(name, source.like, source.whole, source.member)
+            for part, stored in source.stored.items():
+                weights.read(f"{name}.{part}", stored.like, stored.whole, stored.member)
+        owner[traced] = seen[key] = name
+    return weights, owner
 
 
 def _count(exported: ExportedProgram, weights: Weights, owner: dict[str, str]) -> int:

@@ -149,7 +149,9 @@ def operand_width(spec: KernelSpec, param: str) -> int:
 
 
 def embed(spec: Embed, o: Operands, batch: Batch, device: Device) -> Outputs:
-    return {"out": o["w"][o["index"].long()].float()}
+    fmt = quant.parse(spec.format)
+    rows = {part: o[part][o["index"].long()] for part in fmt.parts}
+    return {"out": quant.dequantize(rows, fmt, spec.width)}
 
 
 def select_rows(spec: SelectRows, o: Operands, batch: Batch, device: Device) -> Outputs:

@@ -5,7 +5,8 @@ are held out, chosen by a hash of their path: the choice needs no list to be rep
 of another Python version stays on the same side of the split.
 
 Other Python versions have other text, so a part of the held-out files is kept in the repository,
-with the names and sums of all of them.  `python examples/stdlib_corpus.py` writes both again.
+with the names and sums of all of them.  `python examples/stdlib_corpus.py` writes both again, and the text
+that tokenmill calibrates with by default: of the other files, and of Python's documentation.
 """
 
 import gzip
@@ -16,6 +17,7 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -28,6 +30,12 @@ HELD_OUT_FOLDER = Path(__file__).resolve().parent / "tiny_deepseek"
 HELD_OUT_LIST = HELD_OUT_FOLDER / "heldout_files.json"
 HELD_OUT_TEXT = HELD_OUT_FOLDER / "heldout.txt"
 HELD_OUT_TEXT_BYTES = 150_000
+CALIBRATION_TEXT = HELD_OUT_FOLDER.parent.parent / "calibration.txt"
+CALIBRATION_BYTES = 150_000  # of prose, and as many of code
+CALIBRATION_HEADING = (
+    "Parts of the documentation and of the standard library of Python, Copyright (c) 2001 Python\n"
+    "Software Foundation; All Rights Reserved.  Licensed under the PSF License Agreement.\n\n"
+)
 
 # Generated tables (encodings), another project's code (site-packages) and a frozen copy of other
 # files (lib2to3) would make the held-out score flatter or less about Python.
@@ -168,5 +176,19 @@ def _write_held_out() -> None:
     HELD_OUT_LIST.write_text(json.dumps(record, indent=2) + "\n")
 
 
+def _write_calibration() -> None:
+    """Topics and modules in turn, whole, as many as fit; evenly chosen over the alphabet."""
+    code = [f for f in load_corpus().train if not f.is_test and len(f.data) < 12_000]
+    prose = [SourceFile(name, text + "\n\n") for name, text in sorted(topics.items())]
+    texts = zip(_evenly(prose), _evenly(code), strict=False)
+    CALIBRATION_TEXT.write_text(CALIBRATION_HEADING + "".join(a.text + b.text for a, b in texts))
+
+
+def _evenly(files: Sequence[SourceFile]) -> list[SourceFile]:
+    step = max(1, sum(len(file.data) for file in files) // CALIBRATION_BYTES)
+    return list(files[::step])
+
+
 if __name__ == "__main__":
     _write_held_out()
+    _write_calibration()

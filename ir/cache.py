@@ -1,13 +1,20 @@
 """The KV cache: pages of token rows, one tensor per layer.
 
-A cache is ``[pages, PAGE, row_bytes]`` uint8.  A row is one token: the values of all parts, then (INT8)
-one fp32 scale per tile of a part.  A latent cache has parts ``latent`` and ``rope``; grouped-query
-attention has ``key`` and ``value``.  Token ``j`` of sequence ``b`` is row ``j % PAGE`` of page
-``block_table[b, j // PAGE]``.
+A cache is ``[pages, PAGE, row_bytes]`` uint8.  A row is one token: the values of all parts, then, four bytes
+aligned, one fp32 scale per tile of the parts that have scales (INT8, and FP8 in E4M3).  A latent cache has
+parts ``latent`` and ``rope``; grouped-query attention has ``key`` and ``value``.  Token ``j`` of sequence
+``b`` is row ``j % PAGE`` of page ``block_table[b, j // PAGE]``.
 
 >>> spec = CacheSpec("layer0", "int8", (Part("latent", 512, 128), Part("rope", 64, 64)))
 >>> spec.width, spec.row_bytes
 (576, 596)
+
+A part may keep a format of its own where three bits of fraction are too few for it, as rotary keys do in an
+FP8 cache of latents: 512 bytes of E4M3, 64 values of BF16 from byte 512 on, four scales from byte 640 on.
+
+>>> mixed = CacheSpec("layer0", "fp8", (Part("latent", 512, 128), Part("rope", 64, 64, "bf16")))
+>>> [(place.format, place.values, place.scales) for place in mixed.places], mixed.row_bytes
+([('fp8', 0, 640), ('bf16', 512, None)], 656)
 """
 
 from __future__ import annotations
@@ -19,20 +26,46 @@ import torch
 from torch import Tensor
 
 PAGE = 64
-FORMATS = {"fp32": 4, "bf16": 2, "int8": 1}
+FORMATS = {"fp32": 4, "bf16": 2, "int8": 1, "fp8": 1}  # bytes of a value
+# Formats with scales, and what they make of the number in a tile that is largest.
+LARGEST = {"int8": 127.0, "fp8": 448.0}
+_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
 
 
 @dataclass(frozen=True)
 class Part:
-    """``width`` values per token; INT8 has one scale per ``tile`` of them (the last may be shorter)."""
+    """``width`` values per token; with scales, one per ``tile`` of them (the last may be shorter).
+
+    ``format`` is that of its values, None the cache's.
+    """
 
     name: str
     width: int
     tile: int
+    format: str | None = None
 
     @property
     def tiles(self) -> int:
         return -(-self.width // self.tile)
+
+
+class Place(NamedTuple):
+    """Where a part stands in a row: the bytes where its values begin, and its scales (None: it has none)."""
+
+    part: Part
+    format: str
+    values: int
+    scales: int | None
+
+    @property
+    def bytes(self) -> int:
+        """Of the values."""
+        return self.part.width * FORMATS[self.format]
 
 
 @dataclass(frozen=True)
@@ -47,15 +80,41 @@ class CacheSpec:
         return sum(p.width for p in self.parts)
 
     @property
+    def places(self) -> list[Place]:
+        """The parts in their order; values begin at a multiple of their size."""
+        found: list[Place] = []
+        scale = self.scale_offset
+        for part, begin in zip(self.parts, self._begins, strict=False):
+            format = part.format or self.format
+            scaled = format in LARGEST
+            found.append(Place(part, format, begin, scale if scaled else None))
+            scale += 4 * part.tiles if scaled else 0
+        return found
+
+    @property
+    def _begins(self) -> list[int]:
+        """The bytes at which the values of each part begin, and those of the last one end."""
+        found = [0]
+        for part in self.parts:
+            size = FORMATS[part.format or self.format]
+            begin = _aligned(found.pop(), size)
+            found += [begin, begin + part.width * size]
+        return found
+
+    @property
     def scale_offset(self) -> int:
-        """Byte offset of the first scale in a row (INT8 only), aligned for fp32."""
-        return -(-self.width // 4) * 4
+        """Byte offset of the first scale in a row, aligned for fp32."""
+        return _aligned(self._begins[-1], 4)
 
     @property
     def row_bytes(self) -> int:
-        if self.format == "int8":
-            return self.scale_offset + 4 * sum(p.tiles for p in self.parts)
-        return self.width * FORMATS[self.format]
+        tiles = sum(place.part.tiles for place in self.places if place.scales is not None)
+        size = max(FORMATS[place.format] for place in self.places)
+        return self.scale_offset + 4 * tiles if tiles else _aligned(self._begins[-1], size)
+
+
+def _aligned(at: int, size: int) -> int:
+    return -(-at // size) * size
 
 
 class Batch(NamedTuple):
@@ -83,39 +142,47 @@ def allocate(spec: CacheSpec, pages: int) -> Tensor:
 
 
 def encode(spec: CacheSpec, parts: list[Tensor]) -> Tensor:
-    """Token rows ``[T, row_bytes]`` uint8 of parts ``[T, width]``."""
-    match spec.format:
-        case "fp32":
-            return torch.cat([p.float() for p in parts], -1).contiguous().view(torch.uint8)
-        case "bf16":
-            return torch.cat([p.bfloat16() for p in parts], -1).contiguous().view(torch.uint8)
-    values, scales = [], []
-    for part, x in zip(spec.parts, parts, strict=True):
-        tiles = torch.nn.functional.pad(x.float(), (0, -part.width % part.tile))
-        tiles = tiles.unflatten(-1, (-1, part.tile))
-        scale = tiles.abs().amax(-1) / 127.0
-        q = (tiles / torch.where(scale == 0, 1.0, scale)[..., None]).round().clamp(-127, 127)
-        values.append(q.to(torch.int8).flatten(-2)[..., : part.width])
-        scales.append(scale)
-    gap = values[0].new_zeros(values[0].shape[0], spec.scale_offset - spec.width)
-    packed = torch.cat([*values, gap], -1).view(torch.uint8)
-    return torch.cat([packed, torch.cat(scales, -1).contiguous().view(torch.uint8)], -1)
+    """Token rows ``[T, row_bytes]`` uint8 of parts ``[T, width]``; bytes between values and scales are 0."""
+    rows = torch.zeros(len(parts[0]), spec.row_bytes, dtype=torch.uint8, device=parts[0].device)
+    for place, x in zip(spec.places, parts, strict=True):
+        values = x.float()
+        if place.scales is not None:
+            values, scale = _scaled(place, values)
+            rows[:, place.scales : place.scales + 4 * place.part.tiles] = _bytes(scale)
+        stored = _bytes(values.to(_DTYPES[place.format]))
+        rows[:, place.values : place.values + place.bytes] = stored
+    return rows
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+
+
+def _scaled(place: Place, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers ``[T, width]`` in the range of a part's format, and the scales ``[T, tiles]`` of its tiles."""
+    part, largest = place.part, LARGEST[place.format]
+    tiles = torch.nn.functional.pad(x, (0, -part.width % part.tile)).unflatten(-1, (-1, part.tile))
+    scale = tiles.abs().amax(-1) / largest
+    q = (tiles / torch.where(scale == 0, 1.0, scale)[..., None]).clamp(-largest, largest)
+    q = q.round() if place.format == "int8" else q
+    return q.flatten(-2)[..., : part.width], scale
 
 
 def decode(spec: CacheSpec, rows: Tensor) -> list[Tensor]:
     """fp32 parts ``[T, width]`` of token rows ``[T, row_bytes]``."""
-    widths = [p.width for p in spec.parts]
-    rows = rows.contiguous()
-    if spec.format != "int8":
-        dtype = torch.float32 if spec.format == "fp32" else torch.bfloat16
-        return list(rows.view(dtype).float().split(widths, -1))
-    values = rows[:, : spec.width].contiguous().view(torch.int8).float().split(widths, -1)
-    scales = rows[:, spec.scale_offset :].contiguous().view(torch.float32)
-    per_part = scales.split([p.tiles for p in spec.parts], -1)
-    return [
-        v * s.repeat_interleave(p.tile, -1)[:, : p.width]
-        for p, v, s in zip(spec.parts, values, per_part, strict=True)
-    ]
+
+    def read(at: int, size: int, dtype: torch.dtype) -> Tensor:
+        part = rows[:, at : at + size].clone(memory_format=torch.contiguous_format)
+        return part.view(dtype).float()
+
+    found = []
+    for place in spec.places:
+        values = read(place.values, place.bytes, _DTYPES[place.format])
+        if place.scales is not None:
+            scale = read(place.scales, 4 * place.part.tiles, torch.float32)
+            values = values * scale.repeat_interleave(place.part.tile, -1)[:, : place.part.width]
+        found.append(values)
+    return found
 
 
 def write(spec: CacheSpec, cache: Tensor, batch: Batch, parts: list[Tensor]) -> None:

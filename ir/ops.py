@@ -77,12 +77,13 @@ def _last(x: Tensor, width: int) -> Tensor:
     ),
 )
 def embed(table: list[Tensor], index: Tensor, format: str) -> Tensor:
-    """Rows of a table ``[V, F]`` (fp32 or bf16) by index ``[...]``, in fp32.
+    """Rows of a table ``[V, F]`` (fp32, bf16, or int8 with one scale per row) by index ``[...]``, in fp32.
 
     >>> embed([torch.tensor([[1.0], [2.0]])], torch.tensor([1, 1]), "fp32").tolist()
     [[2.0], [2.0]]
     """
-    return F.embedding(index.long(), table[0]).float()
+    rows = [part[index.long()] for part in table]
+    return _weight(format, rows, rows[0].shape[-1])
 
 
 @op("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", _same)

@@ -89,16 +89,19 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Embed:
-    """out[t] = table[ids[t]]; ``index`` is the input that selects: ids, or positions for a RoPE table."""
+    """out[t] = table[ids[t]]; ``index`` is the input that selects: ids, or positions for a RoPE table.
+
+    The table is in rows, whatever the device: ``[vocab, width]``, INT8 with one scale per row.
+    """
 
     kind: ClassVar[str] = "embed"
     vocab: int
     width: int
-    format: Literal["fp32", "bf16"]
+    format: Literal["fp32", "bf16", "int8"]
 
     @property
     def params(self) -> tuple[str, ...]:
-        return ("index", "w", "out")
+        return ("index", *quant.parse(self.format).parts, "out")
 
 
 @dataclass(frozen=True)
@@ -376,7 +379,9 @@ def gqa_cache(name: str, fmt: str, heads_kv: int, head_dim: int, value_dim: int)
 
 
 def latent_cache(name: str, fmt: str, latent: int, rope: int) -> CacheSpec:
-    return CacheSpec(name, fmt, (Part("latent", latent, 128), Part("rope", rope, 128)))
+    """FP8 is for latents: rotary keys, of which there are few, would lose most, and stay BF16 then."""
+    rotary = Part("rope", rope, 128, "bf16" if fmt == "fp8" else None)
+    return CacheSpec(name, fmt, (Part("latent", latent, 128), rotary))
 
 
 # --- the plan ---------------------------------------------------------------------------------------

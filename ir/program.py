@@ -37,10 +37,12 @@ class Stage(IntEnum):
 # --- weights ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Derived:
     function: Callable[..., Tensor]
     sources: tuple[str, ...]
+    origins: tuple[str, ...]
+    each: bool = False  # of every matrix of a stack alone
 
 
 class Weights:
@@ -55,8 +57,11 @@ class Weights:
     def __init__(self, given: dict[str, Tensor], memo_bytes: int = 1 << 30) -> None:
         self._given = dict(given)
         self._derived: dict[str, _Derived] = {}
+        self._settled: dict[str, Callable[[], Tensor]] = {}
+        self._readers: dict[str, Callable[[int], Tensor]] = {}
         self._meta: dict[str, Tensor] = {}
-        self._memo: OrderedDict[str, Tensor] = OrderedDict()
+        # By derivation and not by name: copies share results, and may derive one name in different ways.
+        self._memo: OrderedDict[_Derived, Tensor] = OrderedDict()
         self._memo_bytes = memo_bytes
 
     def __contains__(self, name: object) -> bool:
@@ -71,11 +76,47 @@ class Weights:
             raise ValueError(f"weight {name!r} exists")
         self._given[name] = value
 
-    def derive(self, name: str, function: Callable[..., Tensor], *sources: str) -> None:
-        """Add ``name = function(*sources)``; the function must also run on meta tensors."""
+    def derive(
+        self,
+        name: str,
+        function: Callable[..., Tensor],
+        *sources: str,
+        origins: Sequence[str] | None = None,
+        each: bool = False,
+    ) -> None:
+        """Add ``name = function(*sources)``; the function must also run on meta tensors.
+
+        ``origins`` are the sources that :meth:`roots` follows, all unless told: a matrix with a norm's
+        weight folded in is still that matrix.  With ``each`` the function treats the matrices of a stack
+        ``[E, N, K]`` one like the other, so it is given one at a time and its temporaries stay small.
+        """
         if name in self:
             raise ValueError(f"weight {name!r} exists")
-        self._derived[name] = _Derived(function, sources)
+        followed = sources if origins is None else tuple(origins)
+        self._derived[name] = _Derived(function, sources, followed, each)
+
+    def read(
+        self,
+        name: str,
+        like: Tensor,
+        source: Callable[[], Tensor],
+        member: Callable[[int], Tensor] | None = None,
+    ) -> None:
+        """Add a weight that ``source`` yields whenever it is wanted; ``like`` is a meta tensor.
+
+        Of a stack, ``member`` yields one matrix.
+        """
+        self.derive(name, source)
+        self._meta[name] = like
+        if member is not None:
+            self._readers[name] = member
+
+    def settle(self, name: str, source: Callable[[], Tensor]) -> None:
+        """Let a derived weight be what ``source`` yields, instead of what would be computed."""
+        if name not in self._derived:
+            raise ValueError(f"weight {name!r} is not derived")
+        self._settled[name] = source
+        self._memo = OrderedDict()  # what was computed from the name is void, but not for copies
 
     def fresh(self, name: str) -> str:
         """``name``, or the first of name.1, name.2, ... that is free."""
@@ -98,27 +139,71 @@ class Weights:
     def __getitem__(self, name: str) -> Tensor:
         if name in self._given:
             return self._given[name]
-        if name in self._memo:
-            self._memo.move_to_end(name)
-            return self._memo[name]
+        if name in self._settled:
+            return self._settled[name]()
         derived = self._derived[name]
+        if derived in self._memo:
+            self._memo.move_to_end(derived)
+            return self._memo[derived]
         with torch.no_grad():
-            value = derived.function(*(self[s] for s in derived.sources))
-        self._memo[name] = value
-        while sum(t.nbytes for t in self._memo.values()) > self._memo_bytes and len(self._memo) > 1:
-            self._memo.popitem(last=False)
+            value = self._stacked(name) if self._is_stack(name) else self._computed(name)
+        self._memo[derived] = value
+        self._trim()
         return value
 
+    def _computed(self, name: str) -> Tensor:
+        derived = self._derived[name]
+        sources = [self[s] for s in derived.sources]
+        self._trim(self.like(name).nbytes)
+        return derived.function(*sources)
+
+    def _is_stack(self, name: str) -> bool:
+        """Whether a derived weight can be computed matrix by matrix."""
+        derived = self._derived[name]
+        return derived.each and all(self.like(s).dim() > 2 for s in derived.sources)
+
+    def _stacked(self, name: str) -> Tensor:
+        like = self.like(name)
+        self._trim(like.nbytes)
+        value, member = torch.empty(like.shape, dtype=like.dtype), self.matrices(name)
+        for i in range(len(value)):
+            value[i] = member(i)
+        return value
+
+    def matrices(self, name: str) -> Callable[[int], Tensor]:
+        """What yields one matrix of a stack ``[E, N, K]``, of the whole if there is no other way."""
+        known = name in self._given or name in self._settled
+        if not known and self._derived[name] not in self._memo:
+            if name in self._readers:
+                return self._readers[name]
+            if self._is_stack(name):
+                function = self._derived[name].function
+                members = [self.matrices(s) for s in self._derived[name].sources]
+                return lambda i: function(*(m(i) for m in members))
+        whole = self[name]
+        return lambda i: whole[i]
+
+    def _trim(self, coming: int = 0) -> None:
+        """Forget the oldest results until those that stay, with ``coming`` bytes more, fit the memo."""
+        kept = sum(t.nbytes for t in self._memo.values()) + coming
+        while kept > self._memo_bytes and len(self._memo) > (not coming):
+            kept -= self._memo.popitem(last=False)[1].nbytes
+
+    def sources(self, name: str) -> tuple[str, ...]:
+        """The weights that ``name`` is computed from; none if it came with the model."""
+        return self._derived[name].sources if name in self._derived else ()
+
     def roots(self, name: str) -> list[str]:
-        """The given weights that ``name`` comes from, itself if given."""
-        if name in self._given:
+        """The weights that ``name`` comes from in the end; itself if it comes from no other."""
+        if name in self._given or not self._derived[name].origins:
             return [name]
-        found = [r for s in self._derived[name].sources for r in self.roots(s)]
+        found = [r for s in self._derived[name].origins for r in self.roots(s)]
         return list(dict.fromkeys(found))
 
     def copy(self) -> Weights:
         twin = Weights(self._given, self._memo_bytes)
-        twin._derived, twin._meta, twin._memo = dict(self._derived), self._meta, self._memo
+        twin._derived, twin._settled = dict(self._derived), dict(self._settled)
+        twin._readers, twin._meta, twin._memo = dict(self._readers), self._meta, self._memo
         return twin
 
 
@@ -204,6 +289,18 @@ class Program:
 
     # --- running ---
 
+    def inputs(self, ids: Tensor, batch: kv.Batch, rows: Tensor) -> dict[str, Tensor]:
+        """The values of all placeholders for one step over a ragged batch, with empty caches."""
+        pages = int(batch.block_table.max()) + 1
+        return {
+            "ids": ids[None],
+            "positions": batch.positions[None].long(),
+            "rows": rows,
+            "starts": batch.starts,
+            "block_table": batch.block_table,
+            **{spec.name: kv.allocate(spec, pages) for spec in self.caches},
+        }
+
     def run(
         self,
         ids: Sequence[int] | Tensor,
@@ -214,9 +311,7 @@ class Program:
         tokens = torch.as_tensor(ids, dtype=torch.int64).reshape(-1)
         batch = kv.single_sequence(len(tokens))
         keep = torch.arange(len(tokens)) if rows is None else torch.tensor(rows)
-        pages = batch.block_table.shape[1]
-        caches = {spec.name: kv.allocate(spec, pages) for spec in self.caches}
-        return self.execute(tokens, batch, keep, caches, runner)
+        return self.execute(tokens, batch, keep, {}, runner)
 
     def execute(
         self,
@@ -226,15 +321,10 @@ class Program:
         caches: Mapping[str, Tensor],
         runner: Runner | None = None,
     ) -> Tensor:
-        """One step over a ragged batch: logits ``[R, V]``; the caches are written in place."""
-        inputs = {
-            "ids": ids[None],
-            "positions": batch.positions[None].long(),
-            "rows": rows,
-            "starts": batch.starts,
-            "block_table": batch.block_table,
-            **caches,
-        }
+        """One step over a ragged batch: logits ``[R, V]``; the caches are written in place, and empty
+        ones stand for those that are not given.
+        """
+        inputs = self.inputs(ids, batch, rows) | dict(caches)
         placeholders = [n.target for n in self.graph.nodes if n.op == "placeholder"]
         runner = runner or Runner(self.graph, self.weights)
         with torch.no_grad():

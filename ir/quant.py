@@ -28,7 +28,7 @@ INT4 weights with inputs rounded to INT8, one scale per 32 of them and token (:f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -39,6 +39,9 @@ from torch import Tensor
 FP8_BLOCK = 128
 FP8_MAX = 448.0
 INPUT_GROUP = 32
+_ROWS = (
+    64 * FP8_BLOCK
+)  # of a large matrix that are rounded together, so that temporaries stay small
 
 
 @dataclass(frozen=True)
@@ -89,47 +92,90 @@ def parse(name: str) -> Format:
 
 def quantize(w: Tensor, fmt: Format) -> dict[str, Tensor]:
     """Round to nearest.  ``w`` is ``[..., N, K]`` in any float dtype; the parts are contiguous."""
+    if w.dim() > 2 and len(w):  # matrix by matrix: experts are too many for temporaries of all
+        each = [quantize(one, fmt) for one in w]
+        return {part: torch.stack([parts[part] for parts in each]) for part in fmt.parts}
+    if w.dim() == 2 and len(w) > _ROWS:
+        each = [quantize(rows, fmt) for rows in w.split(_ROWS)]
+        return {part: torch.cat([parts[part] for parts in each]) for part in fmt.parts}
     w = w.float()
     match fmt.name:
         case "fp32":
             return {"w": w.contiguous()}
         case "bf16":
             return {"w": w.bfloat16().contiguous()}
+    scale = scales(w, fmt)
+    return {"q": pack(snap(w / divisors(scale, fmt, w.shape), fmt), fmt), "scale": scale}
+
+
+def scales(w: Tensor, fmt: Format) -> Tensor:
+    """The scales with which no value of ``w [..., N, K]`` (fp32) leaves the format's range."""
+    match fmt.name:
         case "int8":
-            scale = w.abs().amax(-1).div(127.0)
-            return {"q": _round(w / _divisor(scale)[..., None], 127).to(torch.int8), "scale": scale}
+            return w.abs().amax(-1).div(127.0)
         case "fp8":
-            blocks = _fp8_blocks(w)
-            scale = blocks.abs().amax((-1, -3)).div(FP8_MAX)
-            q = blocks / _divisor(scale)[..., :, None, :, None]
-            n, k = w.shape[-2:]
-            q = q.clamp(-FP8_MAX, FP8_MAX).flatten(-2).flatten(-3, -2)[..., :n, :k]
-            return {"q": q.to(torch.float8_e4m3fn).contiguous(), "scale": scale}
+            return _fp8_blocks(w).abs().amax((-1, -3)).div(FP8_MAX)
         case _:
-            groups = _int4_groups(w, fmt.group)
+            groups = int4_groups(w, fmt.group)
             # The entry of largest magnitude maps to -8, the one value that has no positive twin.
             peak = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0]
-            scale = peak.div(-8.0).bfloat16()
-            q = _round(groups / _divisor(scale.float())[..., None], 8).clamp(max=7.0)
-            q = (q + 8.0).to(torch.uint8).flatten(-2)[..., : w.shape[-1] + w.shape[-1] % 2]
-            return {"q": (q[..., 0::2] | (q[..., 1::2] << 4)).contiguous(), "scale": scale}
+            return peak.div(-8.0).bfloat16()
+
+
+def spread(scale: Tensor, fmt: Format, shape: Sequence[int]) -> Tensor:
+    """The fp32 scale of every element of a weight of ``shape [..., N, K]``."""
+    n, k = shape[-2:]
+    scale = scale.float()
+    match fmt.name:
+        case "int8":
+            return scale[..., None].expand(*scale.shape, k)
+        case "fp8":
+            return _repeat(_repeat(scale, FP8_BLOCK).mT, FP8_BLOCK).mT[..., :n, :k]
+        case _:
+            return _repeat(scale, fmt.group)[..., :k]
+
+
+def divisors(scale: Tensor, fmt: Format, shape: Sequence[int]) -> Tensor:
+    """:func:`spread` to divide by: an all-zero group has scale 0, and dividing by 1 keeps its zeros."""
+    return spread(_divisor(scale.float()), fmt, shape)
+
+
+def snap(x: Tensor, fmt: Format) -> Tensor:
+    """The nearest numbers, in units of the scale, that INT8, INT4 or FP8 can hold; fp32.
+
+    >>> snap(torch.tensor([7.6, -9.0, 0.5]), parse("int4-g32")).tolist()
+    [7.0, -8.0, 0.0]
+    """
+    match fmt.name:
+        case "int8":
+            return x.round().clamp(-127.0, 127.0)
+        case "fp8":
+            return x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float()
+        case _:
+            return x.round().clamp(-8.0, 7.0)
+
+
+def pack(values: Tensor, fmt: Format) -> Tensor:
+    """The part ``q`` that stores numbers which :func:`snap` yields."""
+    match fmt.name:
+        case "int8":
+            return values.to(torch.int8)
+        case "fp8":
+            return values.to(torch.float8_e4m3fn)
+        case _:
+            nibbles = F.pad(values, (0, values.shape[-1] % 2)).add(8.0).to(torch.uint8)
+            return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
 
 
 def dequantize(parts: Mapping[str, Tensor], fmt: Format, k: int) -> Tensor:
     """The fp32 ``[..., N, k]`` matrix that the parts stand for: every kernel's meaning of a weight."""
     if "w" in parts:
         return parts["w"].float()
-    q, scale = parts["q"], parts["scale"].float()
-    match fmt.name:
-        case "int8":
-            return q.float() * scale[..., None]
-        case "fp8":
-            n = q.shape[-2]
-            spread = scale.repeat_interleave(FP8_BLOCK, -2).repeat_interleave(FP8_BLOCK, -1)
-            return q.float() * spread[..., :n, :k]
-        case _:
-            values = torch.stack((q & 15, q >> 4), -1).flatten(-2)[..., :k].float() - 8.0
-            return values * scale.repeat_interleave(fmt.group, -1)[..., :k]
+    q, scale = parts["q"], parts["scale"]
+    values = q.float()
+    if fmt.bits == 4:
+        values = torch.stack((q & 15, q >> 4), -1).flatten(-2)[..., :k].float() - 8.0
+    return values * spread(scale, fmt, (*q.shape[:-1], k))
 
 
 def round_inputs(x: Tensor, fmt: Format) -> Tensor:
@@ -147,16 +193,16 @@ def round_inputs(x: Tensor, fmt: Format) -> Tensor:
     return (q * scale).flatten(-2)[..., :k]
 
 
+def _repeat(x: Tensor, times: int) -> Tensor:
+    """Each number of a row ``times`` times, as ``repeat_interleave`` has it, only faster."""
+    return x[..., None].expand(*x.shape, times).flatten(-2)
+
+
 def _divisor(scale: Tensor) -> Tensor:
-    """An all-zero group has scale 0; dividing by 1 instead keeps its zeros."""
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
-def _round(x: Tensor, bound: int) -> Tensor:
-    return x.round().clamp(-bound, bound)
-
-
-def _int4_groups(w: Tensor, group: int) -> Tensor:
+def int4_groups(w: Tensor, group: int) -> Tensor:
     """``[..., N, ceil(K/G), G]``, zero-padded."""
     return F.pad(w, (0, -w.shape[-1] % group)).unflatten(-1, (-1, group))
 

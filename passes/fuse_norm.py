@@ -27,7 +27,7 @@ class FuseNorm(Pass):
             target, x, operands, eps = match
             with program.graph.inserting_before(node):
                 if target is mill.rms_norm.default and operands == (None,):
-                    operands = (_ones(program, shape(x)[-1]),)
+                    operands = (ones(program, shape(x)[-1]),)
                 replace(program, node, program.call(target, x, *operands, eps, like=node))
             matches += 1
         sweep(program)
@@ -98,7 +98,8 @@ def _layer(node: fx.Node) -> _Match | None:
     return mill.layer_norm.default, x, (weight, bias), 1e-5 if eps is None else eps
 
 
-def _ones(program: Program, width: int) -> fx.Node:
+def ones(program: Program, width: int) -> fx.Node:
+    """The weight of a norm that has none, one node for each use at the insertion point."""
     name = f"ones.{width}"
     if name not in program.weights:
         program.weights.add(name, torch.ones(width))

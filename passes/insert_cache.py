@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import fx
@@ -11,6 +10,7 @@ from torch import fx
 from ..ir import cache as kv
 from ..ir.plan import gqa_cache, latent_cache
 from ..ir.program import BATCH_INPUTS, Program, Stage, shape
+from ..recipe import CacheFormat
 from .base import Pass, calls, mill, replace, sweep
 
 
@@ -22,7 +22,7 @@ class InsertCache(Pass):
     block tables as inputs, the graph of one sequence serves prefill, decode and mixtures of them.
     """
 
-    format: Literal["fp32", "bf16", "int8"] = "bf16"
+    format: CacheFormat = "bf16"
     name = "insert_cache"
     produces = Stage.CACHED
     tolerance = None  # the cache's format rounds keys and values

@@ -120,9 +120,11 @@ class Lowering:
         self.buffers[name] = Buffer(name, "weight", _DTYPES[like.dtype], shape=sizes)
         return Operand(name)
 
-    def _derived(self, name: str, function: Callable[[Tensor], Tensor], source: str) -> str:
+    def _derived(
+        self, name: str, function: Callable[[Tensor], Tensor], source: str, each: bool = False
+    ) -> str:
         if name not in self.program.weights:
-            self.program.weights.derive(name, function, source)
+            self.program.weights.derive(name, function, source, each=each)
         return name
 
     def matrix(
@@ -140,7 +142,8 @@ class Lowering:
         """
         if self.device == "cuda":
             if part == "q" and parse(format).group:
-                return self.weight(self._derived(f"{node.target}.halves", pack_halves, node.target))
+                halves = self._derived(f"{node.target}.halves", pack_halves, node.target, each=True)
+                return self.weight(halves)
             return self.weight(node.target)
         suffix = "turned" if turned else "panels" if parts == 1 else f"panels{parts}"
         fmt = parse(format)
@@ -150,7 +153,7 @@ class Lowering:
                 weight = weight.transpose(-1, -2)
             return pack_part(part, weight, fmt, weight.shape[-2] if turned else rows, parts)
 
-        return self.weight(self._derived(f"{node.target}.{suffix}", pack, node.target))
+        return self.weight(self._derived(f"{node.target}.{suffix}", pack, node.target, each=True))
 
     def channel(self, node: fx.Node, like: fx.Node) -> Operand:
         """A weight that is broadcast over rows, one number per column of ``like``."""

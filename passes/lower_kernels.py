@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 
 def _embed(low: Lowering, node: fx.Node) -> None:
-    (table,), index, format = node.args
-    spec = plan.Embed(shape(table)[0], shape(table)[1], format)
-    low.emit(node, spec, index=low.operand(index), w=low.operand(table), out=low.out(node))
+    table, index, format = node.args
+    spec = plan.Embed(shape(table[0])[0], shape(table[0])[1], format)
+    parts = {name: low.operand(p) for name, p in zip(parse(format).parts, table, strict=True)}
+    low.emit(node, spec, index=low.operand(index), **parts, out=low.out(node))
 
 
 def _select_rows(low: Lowering, node: fx.Node) -> None:

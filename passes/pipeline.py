@@ -14,7 +14,9 @@ from ..errors import BadRecipe, WrongRewrite
 from ..ir.legal import verify
 from ..ir.program import Program, Runner, where
 from ..recipe import Recipe
+from .balance import Balance
 from .base import Pass
+from .calibrate import Calibrate
 from .canonicalize import Canonicalize, FoldWeights, SplitLinears
 from .compress_kv import CompressKV
 from .fuse_dequantize import FuseDequantize
@@ -34,16 +36,30 @@ from .lift_rope import LiftRope
 from .merge_linears import MergeLinears
 from .prove_tokens import ProveTokens
 from .quantize import Quantize
+from .rotate import Rotate
 from .select_rows import SelectRows
 from .share_common import ShareCommon
 from .tabulate import Tabulate
+from .workspace import Workspace
 
 # A lossy pass changes numbers; past this relative error it changes the model.
 LOSSY_LIMIT = 0.5
 _SAMPLE_TOKENS = 48
 
 
-def pipeline(recipe: Recipe) -> list[Pass]:
+@dataclass(frozen=True)
+class Fit:
+    """What passes are fitted to: sequences of token ids ``[T]``, where their work is kept, who hears of it.
+
+    Without text nothing is fitted, which is how a dry run says what would become of a model.
+    """
+
+    text: Sequence[Tensor] = ()
+    workspace: Workspace | None = None
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None
+
+
+def pipeline(recipe: Recipe, fit: Fit = Fit()) -> list[Pass]:
     """Every pass from a traced graph to one that can be lowered, in order."""
     passes: list[Pass] = [
         Canonicalize(),
@@ -59,6 +75,7 @@ def pipeline(recipe: Recipe) -> list[Pass]:
         CompressKV(),
         ProveTokens(),
         SelectRows(),
+        *([Rotate(recipe=recipe)] if recipe.rotate else []),  # while linear maps stand alone
         InsertCache(format=recipe.kv),
         FuseLinear(),
         HoistViews(),
@@ -68,16 +85,32 @@ def pipeline(recipe: Recipe) -> list[Pass]:
         FuseEpilogue(),
         MergeLinears(recipe=recipe),  # takes only maps with nothing fused into them
         FuseResidualNorm(),
+        *([Balance(recipe=recipe, text=fit.text)] if recipe.balance else []),  # weights as stored
         Quantize(recipe=recipe),
+        *_calibration(recipe, fit),
         FuseDequantize(),
     ]
-    known = {p.name for p in passes}
+    known = {p.name for p in passes} | {Calibrate.name, Rotate.name, Balance.name}
     if unknown := [name for name in recipe.disable if name not in known]:
         raise BadRecipe(
             where="disable", reason=f"there is no pass {unknown[0]!r}",
             advice=f"passes: {', '.join(sorted(known))}",
         )  # fmt: skip
     return [p for p in passes if p.name not in recipe.disable]
+
+
+def _calibration(recipe: Recipe, fit: Fit) -> list[Pass]:
+    if recipe.rounding == "rtn" or not fit.text:
+        return []
+    return [Calibrate(fit.text, recipe.rounding, fit.workspace, fit.progress)]
+
+
+def before_quantization(program: Program, recipe: Recipe, fit: Fit) -> Program:
+    """A copy of a captured program with all passes run that come before Quantize."""
+    program, passes = program.copy(), pipeline(recipe, fit)
+    names = [one.name for one in passes]
+    run_passes(program, passes[: names.index(Quantize.name)])
+    return program
 
 
 @dataclass

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar
 
+import torch
 from torch import Tensor, fx
 
+from ..errors import WrongFormat
 from ..ir import quant
-from ..ir.program import Program, Stage
+from ..ir.program import Program, Stage, module_path, shape, where
 from ..recipe import Recipe, Role
-from .base import Pass, mill, sweep
-from .weight_slots import role, slots
+from .base import Pass, aten, is_call, mill, sweep
+from .weight_slots import Slot, role, slots
+
+_LOOKUPS = (aten.index, aten.index_select, aten.gather, aten.slice, aten.select)
+_NAMED = 8  # weights that escaped, in the notes
 
 
 @dataclass(frozen=True)
 class Decision:
-    """One weight as it will be stored; ``originals`` are the parameters that it comes from."""
+    """One weight as it will be stored; ``originals`` are the parameters that it comes from.
+
+    A weight that ``escaped`` (empty, or where and why) is not stored in the format that the recipe
+    gives it, ``wanted``: no kernel reads it, so it stays in fp32.
+    """
 
     weight: str
     role: Role
@@ -26,13 +36,16 @@ class Decision:
     parameters: int
     bytes: int
     originals: tuple[str, ...]
+    wanted: str
+    escaped: str = ""
 
 
 @dataclass
 class Quantize(Pass):
     """W => dequantize(q, scale), in the format that the recipe gives the weight's role and names
 
-    ``decisions`` tells what was decided for every weight, also for those that stay in fp32.
+    ``decisions`` tells what was decided for every weight, also for those that stay in fp32, and for
+    those that should not have: matrices that an op outside of the dialect multiplies with.
     """
 
     recipe: Recipe = field(default_factory=Recipe)
@@ -55,8 +68,10 @@ class Quantize(Pass):
             if format != "fp32":
                 with program.graph.inserting_before(slot.node):
                     slot.fill([[stored(program, name, format)] for name in names], slot.format)
-        self.decisions = list(decisions.values())
         sweep(program)
+        for escape in self._escapes(program):
+            decisions[escape.weight, escape.format] = escape
+        self.decisions = list(decisions.values())
         return sum(d.format != "fp32" for d in self.decisions)
 
     @property
@@ -65,7 +80,73 @@ class Quantize(Pass):
         shares: Counter[str] = Counter()
         for decision in self.decisions:
             shares[decision.format] += decision.parameters
-        return [f"{name}: {n / shares.total():.2%} of the parameters" for name, n in shares.items()]
+        escaped = [d for d in self.decisions if d.escaped]
+        rest = [f"and {len(escaped) - _NAMED} weights more"] if len(escaped) > _NAMED else []
+        return [
+            *(f"{name}: {n / shares.total():.2%} of the parameters" for name, n in shares.items()),
+            *(
+                f"{d.weight} is not {d.wanted} but {d.format}: {d.escaped}"
+                for d in escaped[:_NAMED]
+            ),
+            *rest,
+        ]
+
+    def _escapes(self, program: Program) -> Iterator[Decision]:
+        """Decisions for matrices in use that the recipe wants in a format, and that no slot holds."""
+        for node in program.graph.nodes:
+            if node.op != "get_attr" or not (reader := _multiplier(node)):
+                continue
+            originals = program.weights.roots(node.target)
+            wanted = self.recipe.format_for(originals, "linear")
+            if wanted != "fp32":
+                kept = _decide(program, node.target, "linear", "fp32")
+                reason = (
+                    f"{reader.target} at {module_path(reader)} reads it, which is left to torch"
+                )
+                yield replace(kept, wanted=wanted, escaped=reason)
+
+
+def shares(decisions: Sequence[Decision]) -> tuple[float, float]:
+    """Of all parameters, those stored in fewer than 16 bits, and those that the recipe wants so."""
+    total = sum(d.parameters for d in decisions) or 1
+    stored = sum(d.parameters for d in decisions if quant.parse(d.format).bits < 16)
+    wanted = sum(d.parameters for d in decisions if quant.parse(d.wanted).bits < 16)
+    return stored / total, wanted / total
+
+
+def check_stored(program: Program, decisions: Sequence[Decision]) -> None:
+    """Raise WrongFormat unless a finished program stores each weight as was decided, and only so."""
+    stored: dict[tuple[str, str], str] = {}
+    for slot in slots(program):
+        if role(program, slot.node) is not None:
+            stored |= {(name, slot.format): where(slot.node) for name in _full_names(slot)}
+    decided = {(d.weight, d.format) for d in decisions if d.role != "norm" and not d.escaped}
+    if differing := sorted(decided ^ set(stored)):
+        weight, format = differing[0]
+        found, wanted = (
+            " and ".join(sorted(f for name, f in pairs if name == weight)) or "no format"
+            for pairs in (stored, decided)
+        )
+        at = stored.get((weight, format), "no kernel")
+        raise WrongFormat(name=weight, found=found, wanted=wanted, where=at)
+
+
+def _full_names(slot: Slot) -> list[str]:
+    """What the weights of a slot were called before they had formats."""
+    suffix = f".{slot.format}.{quant.parse(slot.format).parts[0]}"
+    return [parts[0].target.removesuffix(suffix) for parts in slot.weights]
+
+
+def _multiplier(weight: fx.Node) -> fx.Node | None:
+    """An op of torch that reads a weight as a matrix: not number by number, and not rows of a table."""
+    if sum(size > 1 for size in shape(weight)) < 2:
+        return None
+    for user in weight.users:
+        known = getattr(user.target, "namespace", "") == "tokenmill"
+        pointwise = torch.Tag.pointwise in getattr(user.target, "tags", ())
+        if user.op == "call_function" and not (known or pointwise or is_call(user, *_LOOKUPS)):
+            return user
+    return None
 
 
 def _decide(program: Program, name: str, purpose: Role, format: str) -> Decision:
@@ -74,7 +155,7 @@ def _decide(program: Program, name: str, purpose: Role, format: str) -> Decision
     matrices = weight.numel() // max(rows * inputs, 1)
     size = matrices * quant.parse(format).bytes(rows, inputs)
     originals = tuple(program.weights.roots(name))
-    return Decision(name, purpose, format, weight.numel(), size, originals)
+    return Decision(name, purpose, format, weight.numel(), size, originals, wanted=format)
 
 
 def _vectors(program: Program) -> dict[tuple[str, str], Decision]:
@@ -89,16 +170,15 @@ def stored(program: Program, name: str, format: str) -> fx.Node:
     for part in quant.parse(format).parts:
         full = f"{name}.{format}.{part}"
         if full not in program.weights:
-            program.weights.derive(full, partial(_part, format, part), name)
+            program.weights.derive(full, partial(_part, format, part), name, each=True)
         parts.append(program.weight(full))
     inputs = program.weights.like(name).shape[-1]
     return program.call(mill.dequantize.default, parts, format, inputs)
 
 
 def _part(format: str, part: str, weight: Tensor) -> Tensor:
-    return _parts(format, weight)[part]
-
-
-@lru_cache(maxsize=1)  # the parts of a weight are asked for one after the other
-def _parts(format: str, weight: Tensor) -> dict[str, Tensor]:
-    return quant.quantize(weight, quant.parse(format))
+    """One part; the scales alone cost less than both, and nothing large is kept between the two."""
+    fmt = quant.parse(format)
+    if part == "scale":
+        return quant.scales(weight.float(), fmt)
+    return quant.quantize(weight, fmt)[part]

@@ -27,9 +27,9 @@ class Tokenizer:
             raise errors.MissingExtra(package="tokenizers", purpose="text", extra="hf") from error
         self._library: Library = Library.from_file(str(path))
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, with the special tokens that the model expects around a text."""
-        return list(self._library.encode(text).ids)
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids, with the special tokens that the model expects around a text unless ``special``."""
+        return list(self._library.encode(text, add_special_tokens=special).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tokenmill.capture.checkpoint import open_checkpoint
 from tokenmill.capture.huggingface import capture_pretrained
 from tokenmill.capture.module import capture
 from tokenmill.errors import Unsupported
@@ -35,14 +36,23 @@ def assert_same(program: Program, model: nn.Module, vocab: int = VOCAB) -> None:
 
 
 @pytest.fixture(scope="module", params=[*CONFIGS, "hand_written"])
-def compiled(request: pytest.FixtureRequest) -> tuple[str, nn.Module, Program, dict[str, int]]:
-    """(name, eager model, program after all passes, matches per pass), every pass checked."""
+def compiled(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, nn.Module, Program, dict[str, int]]:
+    """(name, eager model, program after all passes, matches per pass), every pass checked.
+
+    Those of transformers are streamed from many shards; test_architectures has them in memory.
+    """
     if request.param == "hand_written":
         model: nn.Module = hand_written()
         program = capture(model, max_positions=256)
     else:
         model = pretrained(request.param)
-        program = capture_pretrained(pretrained(request.param), request.param)
+        path = tmp_path_factory.mktemp("checkpoints") / request.param
+        model.save_pretrained(path, max_shard_size="60KB")
+        streamed = open_checkpoint(path).stream()
+        assert streamed.sources, streamed.note
+        program = capture_pretrained(streamed.model, request.param, streamed.sources)
     assert_same(program, model, program.vocab)
     results = run_passes(program, pipeline(EXACT), check=True)
     return request.param, model, program, {r.name: r.matches for r in results}

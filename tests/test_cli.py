@@ -141,6 +141,12 @@ def test_eval_measures_and_compares(
     assert 0 <= found["kl_mean"] < 0.1
     assert 0.8 < found["top1_agreement"] <= 1
     assert found["max_abs_logit_error"] > 0
+    increase = found["bits_per_byte"] / found["original_bits_per_byte"] - 1
+    assert found["bits_per_byte_increase_percent"] == pytest.approx(100 * increase)
+    assert 0 < found["standard_error_percent"] < 1
+    assert found["continuations"] > 1
+    assert 1 < found["greedy_agreement_mean"] <= 64
+    assert 0 <= found["greedy_agreement_to_the_end"] <= 1
     alone = answer("eval", int4_artifact, "--text", text)
     assert alone["bits_per_byte"] == pytest.approx(found["bits_per_byte"])
     assert "kl_mean" not in alone

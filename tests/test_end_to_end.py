@@ -19,6 +19,7 @@ from tokenmill import Recipe, Session
 from tokenmill.api import optimize, original, verify
 from tokenmill.codegen.cpp.target import cpu_features, host_target, parse_target
 from tokenmill.evaluate import evaluate, windows
+from tokenmill.recipe import Rule
 from tokenmill.runtime import Artifact, cpu
 
 EVALUATED = 12_000  # characters of held-out text
@@ -30,6 +31,7 @@ RECIPES = {
     "int4": Recipe(weights="int4", kv="bf16"),
     "fp8": Recipe(weights="fp8", kv="bf16"),
     "kv-int8": Recipe(weights="bf16", kv="int8"),
+    "kv-fp8": Recipe(weights="bf16", kv="fp8", rules=[Rule(match="role:embedding", format="int8")]),
 }
 
 
@@ -100,8 +102,10 @@ def test_quantized_weights_lose_little(
     assert loss(score(name)) <= most
 
 
-def test_int8_latents_lose_little(score: Callable[[str], dict[str, Any]]) -> None:
-    assert score("kv-int8")["bits_per_byte"] <= 1.002 * score("bf16")["bits_per_byte"]
+@pytest.mark.parametrize("name", ["kv-int8", "kv-fp8"])
+def test_rounded_latents_lose_little(score: Callable[[str], dict[str, Any]], name: str) -> None:
+    """And INT8 embeddings."""
+    assert score(name)["bits_per_byte"] <= 1.002 * score("bf16")["bits_per_byte"]
 
 
 @pytest.mark.parametrize(("name", "size"), [("fp32", 4), ("bf16", 2)])

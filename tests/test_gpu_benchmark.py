@@ -83,7 +83,7 @@ def test_every_context_is_there():
         (f"{heads} heads, {context}", f"ours {fmt}", batch)
         for heads in (16, 128)
         for context in (1024, 4096, 32768)
-        for fmt in ("bf16", "int8")
+        for fmt in ("bf16", "int8", "fp8")
         for batch in (1, 32, 128)
     }
     assert {(c.what, c.contender, c.size) for c in of("mla")} == wanted
@@ -202,7 +202,7 @@ def test_experts_are_right(tmp_path, device, monkeypatch):
     assert figures["passed"], figures
 
 
-@pytest.mark.parametrize("fmt", ["bf16", "int8"])
+@pytest.mark.parametrize("fmt", ["bf16", "int8", "fp8"])
 def test_latent_attention_is_right(tmp_path, device, monkeypatch, fmt):
     sizes = {
         "NOPE": 16,

@@ -79,19 +79,25 @@ def test_a_dump_loads_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("role", ["router", "norm", "latent_up", "embedding"])
-def test_what_loses_most_cannot_be_quantized(role: Any) -> None:
+@pytest.mark.parametrize("format", ["fp8", "int4-g128"])
+def test_what_loses_most_cannot_be_quantized(role: Any, format: str) -> None:
     with pytest.raises(BadRecipe, match=r"fp32, .*only|fp32 or bf16 only"):
-        Recipe.model_validate({"rules": [{"match": f"role:{role}", "format": "fp8"}]})
+        Recipe.model_validate({"rules": [{"match": f"role:{role}", "format": format}]})
     wide = Recipe(weights="int4", rules=[Rule(match="*", format="int4")])
     with pytest.raises(BadRecipe, match=f"rule with match: role:{role}"):
         wide.format_for(NAME, role)
+
+
+def test_embeddings_may_be_int8() -> None:
+    recipe = Recipe(weights="int4", rules=[Rule(match="role:embedding", format="int8")])
+    assert recipe.format_for(["model.embed_tokens.weight"], "embedding") == "int8"
 
 
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
         ({"weights": "int3"}, "weights: unknown value 'int3'.*int4-g128"),
-        ({"kv": "int4"}, "kv: unknown value 'int4'.*fp32, bf16, int8$"),
+        ({"kv": "int4"}, "kv: unknown value 'int4'.*fp32, bf16, int8, fp8$"),
         ({"wieghts": "int4"}, "wieghts: unknown field.*known fields: weights, kv"),
         ({"rules": [{"match": "*", "format": "q4"}]}, r"rules\[0\].format: unknown value 'q4'"),
         ({"rules": [{"match": "*"}]}, r"rules\[0\].format: missing"),

@@ -33,6 +33,7 @@ def facts() -> dict[str, Any]:
         "kv_bytes_per_token": 640,
         "kv_bytes_per_token_expanded": 5120,
         "weights_by_format": {"int4-g32": 0.71, "int8": 0.19, "bf16": 0.1},
+        "quantized": {"share": 0.9, "expected": 0.9, "bits": 5.4, "escaped": []},
         "formats": [
             {"weight": f"model.layers.{i}.mlp.experts.gate_up", "role": "expert",
              "format": "int4-g32", "parameters": 100_000, "bytes": 56_250}
@@ -114,6 +115,67 @@ def test_extern_steps_are_listed(facts: dict[str, Any]) -> None:
     texts = _Reader(render(facts, {})).texts
     assert "aten.cumsum.default" in texts
     assert "model.layers.0.odd" in texts
+
+
+def test_weights_that_escaped_quantization_are_listed(facts: dict[str, Any]) -> None:
+    assert "Quantized: 90.0% of the parameters (expected 90.0%)" in render(facts, {})
+    assert "Stays in fp32" not in render(facts, {})
+    escape = {"weight": "model.mix", "wanted": "int8", "format": "fp32", "parameters": 256,
+              "reason": "aten.matmul.default at model reads it"}  # fmt: skip
+    facts["quantized"] = {"share": 0.85, "expected": 0.9, "bits": 5.9, "escaped": [escape]}
+    texts = _Reader(render(facts, {})).texts
+    assert {"model.mix", "int8", escape["reason"]} <= set(texts)
+
+
+def test_a_search_is_shown_with_its_curve_points_and_losses(facts: dict[str, Any]) -> None:
+    assert "Formats within a budget" not in render(facts, {})
+    facts["search"] = _search_facts(nats=0.00995)
+    reader = _Reader(page := render(facts, {}))
+    assert page.count("<circle") == 2
+    assert reader.links == []
+    assert "url(" not in page
+    for expected in (
+        "within <1%>", "budget: 1", "5.76 MB, 4.93 bits per weight: perplexity +0.92% ± 0.29%",
+        "taken", "too much", "With cache of 4,096 tokens", "lm_head.weight", "0.0219", " and 1 more",
+    ):  # fmt: skip
+        assert any(expected in text for text in reader.texts), expected
+    assert 'class="curve"' in page
+
+
+@pytest.mark.parametrize("measure", ["perplexity", "kl"])
+def test_a_search_with_one_point_and_no_limit_is_shown(facts: dict[str, Any], measure: str) -> None:
+    found = _search_facts(nats=None)
+    found["budget"]["measure"] = measure
+    found["measured"] = [
+        found["measured"][0] | {"rise": 0.0, "rise_error": 0.0, "kl": 0.0, "kl_error": 0.0}
+    ]
+    page = render(facts | {"search": found | {"frontier": found["frontier"][:1]}}, {})
+    assert page.count("<circle") == 1
+    assert "nan" not in page
+    assert "budget: " not in page
+
+
+def _search_facts(nats: float | None) -> dict[str, Any]:
+    point = {"bytes": 5_757_760, "bits_per_weight": 4.93, "held_bytes": 9_034_560, "kv": "bf16",
+             "read_bytes": 5_553_472, "cost": 5_757_760, "predicted": 0.0164}  # fmt: skip
+    finer = point | {"bytes": 6_093_312, "cost": 6_093_312, "predicted": 0.0061}
+    loss = {"tokens": 6132, "perplexity_percent": 0.9236, "rise": 0.009194, "rise_error": 0.00287,
+            "kl": 0.0094, "kl_error": 0.00035}  # fmt: skip
+    units = [
+        {"weights": ["lm_head.weight", "x"], "role": "head", "parameters": 10, "searched": True,
+         "chosen": "int8", "candidates": [{"format": "int8", "bytes": 11, "loss": 2.19e-5}]},
+        {"weights": [], "role": "cache", "parameters": 0, "searched": False, "chosen": "bf16",
+         "candidates": [{"format": "bf16", "bytes": 99, "loss": 1e-4}]},
+    ]  # fmt: skip
+    return {
+        "budget": {"max_loss": "1%", "context": 4096, "nats": nats, "measure": "perplexity"},
+        "met": True, "verdict": "The loss is within <1%>.", "cost": "weights", "forks": 215,
+        "units": units, "frontier": [point, finer, finer | {"cost": 17_000_000, "predicted": 0.0}],
+        "measured": [
+            point | loss | {"within": False, "chosen": False},
+            finer | loss | {"rise": 0.004, "within": True, "chosen": True},
+        ],
+    }  # fmt: skip
 
 
 def test_a_model_without_a_layer_to_draw(facts: dict[str, Any]) -> None:

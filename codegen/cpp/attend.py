@@ -51,6 +51,7 @@ constexpr int HEADS = $heads, HEADS_KV = $heads_kv, GROUP = HEADS / HEADS_KV;
 constexpr int DIM = $dim, VALUE = $value, WINDOW = $window, ROW_BYTES = $row_bytes;
 constexpr float SCALE = $scale, SOFTCAP = $softcap;
 using Cache = $codec;
+constexpr int SIZE = sizeof(Cache::Value);
 using Math = $math;
 using Inputs = Math::Panel::Inputs;
 using KeysOf = KeyRows<Math, Cache, DIM, ROW_BYTES>;
@@ -100,8 +101,8 @@ struct Call {
       Inputs::pack(row + r % PANEL * ROW, x, DIM);
       if ((r + 1) % PANEL == 0 || r + 1 == rows) panel_of_rows(row, ROW, panel + r / PANEL * PANEL * ROW);
     }
-    const Span key_at{kv * DIM, DIM, DIM, $key_scale + 4 * kv};
-    const Span value_at{HEADS_KV * DIM + kv * VALUE, VALUE, VALUE, $value_scale + 4 * kv};
+    const Span<Cache> key_at{kv * DIM * SIZE, DIM, DIM, $key_scale + 4 * kv};
+    const Span<Cache> value_at{(HEADS_KV * DIM + kv * VALUE) * SIZE, VALUE, VALUE, $value_scale + 4 * kv};
     const int p0 = a.positions[tile.first], from = max(begin, queries.oldest_of(tile));
     join_blocks(from, end, all, span, block, rows, [&](int at, const Partial &result) {
       const int base = at * KEYS, count = min(KEYS, p0 + tile.tokens - base);
@@ -111,8 +112,8 @@ struct Call {
         values.set(j, from, value_at);
         if (base + KEYS + j < p0 + tile.tokens) {  // rows of the next block: too far apart for the hardware
           const uint8_t *next = cache_row(a, cache, ROW_BYTES, tile.sequence, base + KEYS + j);
-          prefetch(next + key_at.column * sizeof(Cache::Value), DIM * sizeof(Cache::Value));
-          prefetch(next + value_at.column * sizeof(Cache::Value), VALUE * sizeof(Cache::Value));
+          prefetch(next + key_at.at, DIM * SIZE);
+          prefetch(next + value_at.at, VALUE * SIZE);
         }
       }
       for (int r = 0; r < PANELS * PANEL; r++)

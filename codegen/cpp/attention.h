@@ -98,19 +98,19 @@ struct KeyRows {
     if (!DIRECT && WIDTH % STEP) memset(decoded, 0, BYTES);
   }
   // Row j: these parts of a row of the cache, one behind the other.
-  template <class... Parts>
-  TM_INLINE void set(int j, const uint8_t *row, const Span &first, const Parts &...more) {
+  template <class First, class... Parts>
+  TM_INLINE void set(int j, const uint8_t *row, const First &first, const Parts &...more) {
     Value *to = decoded + (size_t)j * PITCH;
     if (!DIRECT) decode(to, row, first, more...);
-    at[j] = DIRECT ? row + first.column * sizeof(Value) : (const uint8_t *)to;
+    at[j] = DIRECT ? row + first.at : (const uint8_t *)to;
     at[j + 1] = at[j];
   }
 
  private:
   static TM_INLINE void decode(Value *, const uint8_t *) {}
-  template <class... Parts>
-  static TM_INLINE void decode(Value *to, const uint8_t *row, const Span &first, const Parts &...more) {
-    Cache::decode(row, first, to);
+  template <class First, class... Parts>
+  static TM_INLINE void decode(Value *to, const uint8_t *row, const First &first, const Parts &...more) {
+    first.decode(row, to);
     decode(to + first.width, row, more...);
   }
 };

@@ -12,7 +12,7 @@ HEADER = "cache.h"
 
 def cache_type(fmt: str) -> str:
     """The row codec of a cache format in cache.h."""
-    return {"fp32": "CacheFp32", "bf16": "CacheBf16", "int8": "CacheInt8"}[fmt]
+    return {"fp32": "CacheFp32", "bf16": "CacheBf16", "int8": "CacheInt8", "fp8": "CacheFp8"}[fmt]
 
 
 def math_type(fmt: str) -> str:
@@ -22,13 +22,11 @@ def math_type(fmt: str) -> str:
 
 def spans(cache: CacheSpec) -> list[str]:
     """The ``Span`` of each part of a row."""
-    found = []
-    column, scale = 0, cache.scale_offset
-    for part in cache.parts:
-        found.append(f"{{{column}, {part.width}, {part.tile}, {scale}}}")
-        column += part.width
-        scale += 4 * part.tiles
-    return found
+    return [
+        f"Span<{cache_type(at.format)}>"
+        f"{{{at.values}, {at.part.width}, {at.part.tile}, {at.scales or 0}}}"
+        for at in cache.places
+    ]
 
 
 def symbol(spec: CacheWrite) -> str:
@@ -41,12 +39,10 @@ def emit(spec: CacheWrite, name: str) -> str:
         TEMPLATE,
         symbol=name,
         parts=", ".join(f"{p.name} [{p.width}]" for p in spec.parts),
-        codec=cache_type(spec.format),
         row_bytes=spec.cache.row_bytes,
         signature=signature(*(f"Rows<float> p{i}" for i in range(len(spec.parts))), "void *cache"),
         writes="\n".join(
-            f"{cache_type(spec.format)}::encode(row, Span{span}, p{i}[t]);"
-            for i, span in enumerate(spans(spec.cache))
+            f"{span}.encode(row, p{i}[t]);" for i, span in enumerate(spans(spec.cache))
         ),
     )
 

@@ -33,7 +33,6 @@ typedef float v4_at __attribute__((vector_size(16), aligned(4), may_alias));
 
 constexpr int LANES = TM_VECTOR_BYTES / 4;
 typedef int8_t lane_bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
-typedef uint8_t lane_ubytes __attribute__((vector_size(LANES), aligned(1), may_alias));
 typedef uint16_t lane_halves __attribute__((vector_size(2 * LANES), aligned(1), may_alias));
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -376,10 +375,45 @@ TM_INLINE vi pair_bf16(vf a, vf b) {
 #endif
 }
 
-// dst[i] = src[i] for n floats stored as fp32 or bf16
+// dst[i] = src[i] for n floats stored as fp32 or bf16, or as INT8 with a scale
 TM_INLINE void widen(float *dst, const float *src, int n) { memcpy(dst, src, (size_t)n * 4); }
 TM_INLINE void widen(float *dst, const uint16_t *src, int n) {
   for (int i = 0; i < n; i++) dst[i] = from_bf16(src[i]);
+}
+TM_INLINE void widen(float *dst, const int8_t *src, int n, float scale) {
+  for (int i = 0; i < n; i++) dst[i] = (float)src[i] * scale;
+}
+
+// --- E4M3 -------------------------------------------------------------------------------------------
+// A sign, four bits of exponent, three of fraction; 7f and ff are NaN, which nobody stores.
+
+// LANES numbers divided by E4M3_UNIT: their bits in the place of those of another type, whose exponents
+// count from elsewhere.  Subnormal ones are right too.
+#if defined(__AVX2__) && TM_VECTOR_BYTES > 16
+constexpr float E4M3_UNIT = 0x1p8f;  // fp16
+#else
+constexpr float E4M3_UNIT = 0x1p120f;  // fp32
+#endif
+TM_INLINE vf load_e4m3_units(const uint8_t *p) {
+#if defined(__AVX512F__) && TM_VECTOR_BYTES == 64
+  const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p)), 7);
+  return (vf)_mm512_cvtph_ps(_mm256_and_si256(wide, _mm256_set1_epi16((short)0xbf80)));
+#elif defined(__AVX2__) && TM_VECTOR_BYTES == 32
+  const __m128i wide = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)p)), 7);
+  return (vf)_mm256_cvtph_ps(_mm_and_si128(wide, _mm_set1_epi16((short)0xbf80)));
+#else
+  return (vf)((load_bytes((const int8_t *)p) << 20) & (int32_t)0x87f00000);
+#endif
+}
+TM_INLINE vf load_e4m3(const uint8_t *p) { return load_e4m3_units(p) * E4M3_UNIT; }
+
+// The nearest E4M3 number to each |x| <= 448, halves to even, as a byte per lane.
+TM_INLINE vi to_e4m3(vf x) {
+  const vi bits = (vi)x, size = bits & 0x7fffffff;
+  // Below 2^-6 they are the multiples of 2^-9; from there on, three bits of fraction are kept.
+  const vi low = to_int(round((vf)size * 0x1p9f));
+  const vi high = ((size + 0x7ffff + ((size >> 20) & 1)) >> 20) - (120 << 3);
+  return select((vf)size < 0x1p-6f, low, high) | ((bits >> 24) & 0x80);
 }
 
 }  // namespace mill

@@ -33,5 +33,5 @@ def weight_parts(fmt: str, prefix: str = "") -> str:
 
 
 def storage_type(fmt: str) -> str:
-    """The C type of one value of an unscaled format."""
-    return {"fp32": "float", "bf16": "uint16_t"}[fmt]
+    """The C type of one value of a table."""
+    return {"fp32": "float", "bf16": "uint16_t", "int8": "int8_t"}[fmt]

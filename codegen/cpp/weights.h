@@ -178,22 +178,6 @@ struct Bf16 : Weight {
   }
 };
 
-// LANES e4m3 values as floats (finite ones: a weight never holds the NaN codes 7f, ff).
-TM_INLINE vf decode_e4m3(const uint8_t *p) {
-#if defined(__AVX512F__) && TM_VECTOR_BYTES == 64
-  // As fp16: sign, then the exponent and fraction one place lower, which is off by 2^8.
-  const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p)), 7);
-  return (vf)_mm512_cvtph_ps(_mm256_and_si256(wide, _mm256_set1_epi16((short)0xbf80))) * 256.0f;
-#elif defined(__AVX2__) && TM_VECTOR_BYTES == 32
-  const __m128i wide = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)p)), 7);
-  return (vf)_mm256_cvtph_ps(_mm_and_si128(wide, _mm_set1_epi16((short)0xbf80))) * 256.0f;
-#else
-  // As fp32: the same, off by 2^120.
-  const vi u = __builtin_convertvector(*(const lane_ubytes *)p, vi);
-  return (vf)(((u & 0x7f) << 20) | ((u & 0x80) << 24)) * 0x1p120f;
-#endif
-}
-
 // One fp32 scale per row and 128 inputs.
 struct Fp8 : Weight {
   using Inputs = FloatInputs;
@@ -209,7 +193,7 @@ struct Fp8 : Weight {
       TM_UNROLL for (int half = 0; half < 2; half++) {
         vf w[VECS];
         for (int v = 0; v < VECS; v++)
-          w[v] = decode_e4m3(q + (i + half) * PANEL + v * LANES) * load(s + v * LANES);
+          w[v] = load_e4m3(q + (i + half) * PANEL + v * LANES) * load(s + v * LANES);
         TM_UNROLL for (int t = 0; t < T; t++) {
           const float a = ((const float *)x[t])[step * STEP + i + half];
           for (int v = 0; v < VECS; v++) sums[half][t][v] += w[v] * a;

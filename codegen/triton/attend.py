@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ...ir.cache import FORMATS
+from ...ir.cache import FORMATS, LARGEST
 from ...ir.plan import Attend
 from ..text import fill
 from .cache_write import Arg, cache_args, cache_pointers, pitch
@@ -59,7 +59,7 @@ def symbol(spec: Attend) -> str:
 
 
 def emit(spec: Attend, name: str) -> str:
-    cache, int8 = spec.cache, spec.cache_format == "int8"
+    cache, scaled = spec.cache, spec.cache_format in LARGEST
     key_scale = cache.scale_offset // 4
     return fill(
         TEMPLATE,
@@ -71,14 +71,14 @@ def emit(spec: Attend, name: str) -> str:
         window=spec.window,
         scale=repr(spec.scale),
         sees=f"p - {spec.window} < j <= p" if spec.window else "j <= p",
-        pointers=", ".join(cache_pointers(spec.cache_format)),
+        pointers=", ".join(cache_pointers(cache)),
         sinks="sinks_ptr, " if spec.sinks else "",
         math="tl.float32" if spec.cache_format == "fp32" else "tl.bfloat16",
-        pitch=pitch(cache),
-        scales="scales_ptr, " if int8 else "",
-        move_scales=f"scales_ptr += {key_scale} + kv" if int8 else "",
-        scaled_score=SCALED_SCORE if int8 else "",
-        scaled_weight=fill(SCALED_WEIGHT, heads_kv=spec.heads_kv) if int8 else "",
+        pitch=pitch(cache, spec.cache_format),
+        scales="scales_ptr, " if scaled else "",
+        move_scales=f"scales_ptr += {key_scale} + kv" if scaled else "",
+        scaled_score=SCALED_SCORE if scaled else "",
+        scaled_weight=fill(SCALED_WEIGHT, heads_kv=spec.heads_kv) if scaled else "",
         score=_score(spec),
         add_sinks=fill(ADD_SINKS, log2_e=LOG2_E) if spec.sinks else "",
         join_sinks=fill(JOIN_SINKS, log2_e=LOG2_E) if spec.sinks else "",
@@ -140,7 +140,7 @@ def shape_of(site: Site) -> Shape:
         rows, blocks = 16, (32, 16)  # no tensor cores for such products
     for block in blocks:
         held = rows * dim * max(2, FORMATS[spec.cache_format])
-        if spec.cache_format == "int8":  # widened to bf16 before they are multiplied
+        if spec.cache_format in LARGEST:  # widened to bf16 before they are multiplied
             held += block * (dim + value) * 2
         bytes_ = block * (dim + value) * FORMATS[spec.cache_format]
         stages, resident = fit(site.target, rows, held, bytes_)
@@ -173,7 +173,7 @@ def launches(site: Site) -> Group:
     sinks = ["sinks"] if spec.sinks else []
     partial, lse = ("scratch.partial", "*fp32"), ("scratch.lse", "*fp32")
     args: list[Arg] = [
-        "q", *sinks, *cache_args(spec.cache_format), "out", partial, lse,
+        "q", *sinks, *cache_args(spec.cache, site.target), "out", partial, lse,
         "positions", "starts", "block_table", "count.sequences",
     ]  # fmt: skip
     attend = site.launch(
@@ -295,6 +295,7 @@ def ${symbol}_blocks(
     DIM: tl.constexpr = $dim
     VALUE: tl.constexpr = $value
     PITCH: tl.constexpr = $pitch
+    MATH: tl.constexpr = $math
     page = page_of(table_ptr, begin, end, BLOCK)
     for block in range(begin, end):
         keys = block * BLOCK + tl.arange(0, BLOCK)
@@ -303,7 +304,7 @@ def ${symbol}_blocks(
         page = page_of(table_ptr, block + 1, end, BLOCK)
         key = load_rows(key_ptr + rows * PITCH, inside, DIM, DIM_BLOCK, MASKED)
         value = load_rows(value_ptr + rows * PITCH, inside, VALUE, VALUE_BLOCK, MASKED)
-        score = tl.dot(q, tl.trans(key.to($math)), input_precision="ieee")
+        score = tl.dot(q, tl.trans(widened(key, MATH)), input_precision="ieee")
         $scaled_score
         score = $score
         if MASKED:
@@ -311,7 +312,7 @@ def ${symbol}_blocks(
         peak, total, weight, shrink = softmax_step(score, peak, total, MASKED)
         $scaled_weight
         acc *= shrink[:, None]
-        acc = tl.dot(weight.to($math), value.to($math), acc, input_precision="ieee")
+        acc = tl.dot(weight.to(MATH), widened(value, MATH), acc, input_precision="ieee")
     return peak, total, acc
 
 

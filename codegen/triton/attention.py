@@ -9,6 +9,8 @@ several programs share the blocks of a tile, each leaves what it found with the 
 import triton
 import triton.language as tl
 
+from .support import decode_fp8
+
 NOTHING: tl.constexpr = tl.constexpr(float("-inf"))
 
 
@@ -81,11 +83,11 @@ def load_rows(
     cols = tl.arange(0, WIDTH_BLOCK)[None, :]
     at = row_ptr[:, None] + cols
     if MASKED and WIDTH < WIDTH_BLOCK:
-        tile = tl.load(at, inside[:, None] & (cols < WIDTH), 0)
+        tile = tl.load(at, inside[:, None] & (cols < WIDTH), 0.0)
     elif MASKED:
-        tile = tl.load(at, inside[:, None], 0)
+        tile = tl.load(at, inside[:, None], 0.0)
     elif WIDTH < WIDTH_BLOCK:
-        tile = tl.load(at, cols < WIDTH, 0)
+        tile = tl.load(at, cols < WIDTH, 0.0)
     else:
         tile = tl.load(at)
     return tile
@@ -120,12 +122,37 @@ def log_total(peak, total):
 
 
 @triton.jit
-def quantized(x):
-    """INT8 values of tiles [tiles, width] and their scales [tiles, 1], as ir/cache.py has them."""
+def widened(x, MATH: tl.constexpr):
+    """Values of a cache in the type that they are multiplied in; u8 are the bits of E4M3."""
+    if x.dtype == tl.uint8 or x.dtype == tl.float8e4nv:
+        return decode_fp8(x)
+    else:
+        return x.to(MATH)
+
+
+@triton.jit
+def scaled(x, LARGEST: tl.constexpr):
+    """Tiles [tiles, width] in units of their scales [tiles, 1], so that none exceeds LARGEST, and those."""
     # NaN counts as infinity here, for tl.max would skip it: of either nothing finite is left in the tile.
     most = tl.max(tl.where(x == x, tl.abs(x), float("inf")), 1, keep_dims=True)
-    scale = tl.div_rn(most, 127.0)
+    scale = tl.div_rn(most, LARGEST)
     ratio = tl.div_rn(x, tl.where(scale == 0.0, 1.0, scale))
-    # The sum has no bits for a fraction: this rounds to nearest, halves to even.
-    whole = (ratio + 12582912.0) - 12582912.0
-    return tl.clamp(whole, -127.0, 127.0).to(tl.int8), scale
+    return tl.clamp(ratio, -LARGEST, LARGEST), scale
+
+
+@triton.jit
+def rounded(x, pointer):
+    """The nearest numbers, halves to even, that a cache holds where ``pointer`` points: INT8, or E4M3, whose
+    bits are u8 where the architecture does not know it."""
+    if pointer.dtype.element_ty == tl.int8:
+        # The sum has no bits for a fraction.
+        return ((x + 12582912.0) - 12582912.0).to(tl.int8)
+    elif pointer.dtype.element_ty == tl.float8e4nv:
+        return x.to(tl.float8e4nv)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        size = bits & 0x7FFFFFFF
+        # Below 2^-6 they are the multiples of 2^-9; from there on, three bits of fraction are kept.
+        low = ((tl.abs(x) * 512.0 + 12582912.0) - 12582912.0).to(tl.int32)
+        high = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)
+        return (tl.where(size < 0x3C800000, low, high) | ((bits >> 24) & 0x80)).to(tl.uint8)

@@ -4,30 +4,45 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from ...ir.cache import FORMATS, PAGE, CacheSpec, Part
+from ...ir.cache import FORMATS, LARGEST, PAGE, CacheSpec, Place
 from ...ir.plan import CacheWrite
 from ..text import fill
 from .launch import Group, Site, power_of_2
+from .target import GpuTarget
 
 # What ``Site.launch`` takes for a pointer.
 Arg: TypeAlias = str | tuple[str, str]
-# What a cache row holds -> what it is read as.
-POINTERS = {"fp32": ("*fp32",), "bf16": ("*bf16",), "int8": ("*i8", "*fp32")}
+# What numbers of a format are read as.
+POINTERS = {"fp32": "*fp32", "bf16": "*bf16", "int8": "*i8", "fp8": "*fp8e4nv"}
 
 
-def cache_pointers(fmt: str) -> list[str]:
-    """Names of a kernel's pointers to the cache: its values, then (INT8) its scales."""
-    return ["cache_ptr", "scales_ptr"][: len(POINTERS[fmt])]
+def cache_pointers(cache: CacheSpec) -> dict[str, str]:
+    """Names of a kernel's pointers to a cache, and the formats that they point at.
+
+    ``cache_ptr`` to what most of a row is, ``bf16_ptr`` to parts in another format, ``scales_ptr`` to scales.
+    """
+    found = {"cache_ptr": cache.format}
+    for place in cache.places:
+        found[pointer_to(cache, place)] = place.format
+    scaled = any(place.scales is not None for place in cache.places)
+    return found | ({"scales_ptr": "fp32"} if scaled else {})
 
 
-def cache_args(fmt: str) -> list[Arg]:
-    """What these pointers point at."""
-    return [("cache", type_) for type_ in POINTERS[fmt]]
+def pointer_to(cache: CacheSpec, place: Place) -> str:
+    """Which of the pointers to a cache reads the values of a part."""
+    return "cache_ptr" if place.format == cache.format else f"{place.format}_ptr"
 
 
-def pitch(cache: CacheSpec) -> int:
-    """Values from one row of the cache to the next; INT8 scales have a fourth of it."""
-    return cache.row_bytes // FORMATS[cache.format]
+def cache_args(cache: CacheSpec, target: GpuTarget) -> list[Arg]:
+    """What these pointers point at; E4M3 by its bits, where the architecture does not know it."""
+    formats = cache_pointers(cache).values()
+    bits = {} if target.fp8 else {"fp8": "*u8"}
+    return [("cache", (POINTERS | bits)[fmt]) for fmt in formats]
+
+
+def pitch(cache: CacheSpec, fmt: str) -> int:
+    """Numbers of a format from one row of a cache to the next."""
+    return cache.row_bytes // FORMATS[fmt]
 
 
 def symbol(spec: CacheWrite) -> str:
@@ -37,41 +52,43 @@ def symbol(spec: CacheWrite) -> str:
 
 def emit(spec: CacheWrite, name: str) -> str:
     inputs = [f"p{i}" for i in range(len(spec.parts))]
-    pointers = [*(f"{p}_ptr" for p in inputs), *cache_pointers(spec.format)]
+    pointers = cache_pointers(spec.cache)
     return fill(
         TEMPLATE,
         symbol=name,
         parts=", ".join(f"{p.name} [{p.width}]" for p in spec.parts),
-        pointers=", ".join(pointers),
+        pointers=", ".join([*(f"{p}_ptr" for p in inputs), *pointers]),
         pitches=", ".join(f"{p.upper()}_PITCH: tl.constexpr" for p in inputs),
         page=PAGE,
-        pitch=pitch(spec.cache),
-        scales=SCALES if spec.format == "int8" else "",
-        writes="\n".join(_writes(spec.cache)),
+        moves="\n".join(
+            f"{name} += row * {pitch(spec.cache, fmt)}" for name, fmt in pointers.items()
+        ),
+        writes="\n".join(_write(spec.cache, i, place) for i, place in enumerate(spec.cache.places)),
     )
 
 
-def _writes(cache: CacheSpec) -> list[str]:
-    found, column, scale = [], 0, cache.scale_offset // 4
-    for i, part in enumerate(cache.parts):
-        names = _names(part) | {"i": i, "column": column, "scale": scale}
-        found.append(fill(INT8 if cache.format == "int8" else PLAIN, **names).rstrip())
-        column += part.width
-        scale += part.tiles
-    return found
-
-
-def _names(part: Part) -> dict[str, object]:
-    return {
+def _write(cache: CacheSpec, i: int, place: Place) -> str:
+    part, size = place.part, FORMATS[place.format]
+    names = {
+        "i": i,
         "name": part.name,
+        "pointer": pointer_to(cache, place),
+        "column": place.values // size,
         "width": part.width,
         "block": power_of_2(part.width),
+    }
+    if place.scales is None:
+        return fill(PLAIN, **names).rstrip()
+    tiles = {
         "tile": part.tile,
         "tiles": part.tiles,
         "tile_block": power_of_2(min(part.tile, part.width)),
         "tiles_block": power_of_2(part.tiles),
         "inside": f"(i < {part.tile}) & (tile * {part.tile} + i < {part.width})",
+        "largest": LARGEST[place.format],
+        "scale": place.scales // 4,
     }
+    return fill(SCALED, **names, **tiles).rstrip()
 
 
 def launches(site: Site) -> Group:
@@ -83,25 +100,24 @@ def launches(site: Site) -> Group:
         "SEQUENCES": site.sequences,
     }
     args: list[Arg] = [
-        *inputs, *cache_args(spec.format),
+        *inputs, *cache_args(spec.cache, site.target),
         "positions", "starts", "block_table", "count.sequences", "count.tokens",
     ]  # fmt: skip
     return Group((site.launch(site.symbol, (site.rows,), args, constants),))
 
 
-SCALES = "scales_ptr += row * (PITCH // 4)"
 PLAIN = """
 i = tl.arange(0, $block)  # $name
 x = tl.load(p${i}_ptr + token * P${i}_PITCH + i, i < $width).to(tl.float32)
-tl.store(cache_ptr + $column + i, to(x, cache_ptr), i < $width)
+tl.store($pointer + $column + i, to(x, $pointer), i < $width)
 """
-INT8 = """
+SCALED = """
 tile = tl.arange(0, $tiles_block)[:, None]  # $name: one scale for $tile values
 i = tl.arange(0, $tile_block)[None, :]
 inside = $inside
 x = tl.load(p${i}_ptr + token * P${i}_PITCH + tile * $tile + i, inside, 0.0).to(tl.float32)
-q, scale = quantized(x)
-tl.store(cache_ptr + $column + tile * $tile + i, q, inside)
+x, scale = scaled(x, $largest)
+tl.store($pointer + $column + tile * $tile + i, rounded(x, $pointer), inside)
 tl.store(scales_ptr + $scale + tile, scale, tile < $tiles)
 """
 TEMPLATE = '''
@@ -114,7 +130,6 @@ def $symbol(
 ):
     """cache[block_table[b, p // $page], p % $page] = $parts of a token at position p of sequence b."""
     PAGE: tl.constexpr = $page
-    PITCH: tl.constexpr = $pitch
     token = tl.program_id(0).to(tl.int64)
     if token >= tl.load(tokens_ptr):
         return
@@ -122,7 +137,6 @@ def $symbol(
     position = tl.load(positions_ptr + token)
     page = tl.load(table_ptr + sequence * TABLE_PITCH + position // PAGE).to(tl.int64)
     row = page * PAGE + position % PAGE
-    cache_ptr += row * PITCH
-    $scales
+    $moves
     $writes
 '''

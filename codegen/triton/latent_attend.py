@@ -13,7 +13,7 @@ from ...ir.cache import FORMATS
 from ...ir.plan import LatentAttend
 from ..text import fill
 from .attend import LEAST_KEYS, LOG2_E, Shape, Tile, fit, padded, splits, warp_groups
-from .cache_write import Arg, cache_args, cache_pointers, pitch
+from .cache_write import Arg, cache_args, cache_pointers, pitch, pointer_to
 from .launch import Group, Launch, Site, ceil_div, power_of_2
 
 
@@ -26,37 +26,52 @@ def symbol(spec: LatentAttend) -> str:
 class Piece:
     """Columns [at, at + width) of the latents or rotary keys of a row, as one tile of the kernel.
 
-    All of them, or in an INT8 cache those that share a scale.  Then the scale need not be multiplied out:
+    All of them, or of INT8 and FP8 those that share a scale.  Then the scale need not be multiplied out:
     q . (s c) = s (q . c), and p (s c) = (p s) c.
     """
 
     name: str  # l0, l1, ... of the latents, r0 of the rotary keys
     at: int
     width: int
-    column: int  # of the cache row
-    scale: int  # of the row read as floats
+    rows: str  # what points at the row in the format of these numbers
+    column: int  # of this row
+    scale: int | None  # of the row read as floats
 
 
 def pieces_of(spec: LatentAttend) -> tuple[list[Piece], list[Piece]]:
     """The latents' and the rotary keys'."""
-    column, scale = 0, spec.cache.scale_offset // 4
     found: list[list[Piece]] = []
-    for part in spec.cache.parts:
-        size = part.tile if spec.cache_format == "int8" else part.width
+    for place in spec.cache.places:
+        part, scale = place.part, place.scales
+        first = place.values // FORMATS[place.format]
+        size = part.width if scale is None else part.tile
         found.append([
-            Piece(f"{part.name[0]}{i}", at, min(size, part.width - at), column + at, scale + i)
+            Piece(
+                f"{part.name[0]}{i}",
+                at,
+                min(size, part.width - at),
+                _rows(pointer_to(spec.cache, place)),
+                first + at,
+                None if scale is None else scale // 4 + i,
+            )
             for i, at in enumerate(range(0, part.width, size))
         ])  # fmt: skip
-        column, scale = column + part.width, scale + part.tiles
     return found[0], found[1]
+
+
+def _rows(pointer: str) -> str:
+    """The name of the rows of a block of keys that a pointer to the cache leads to."""
+    return f"{pointer.removesuffix('_ptr')}_row"
 
 
 def emit(spec: LatentAttend, name: str) -> str:
     latents, ropes = pieces_of(spec)
-    int8, scaled_up = spec.cache_format == "int8", spec.up_format == "int8"
+    pointers, scaled_up = cache_pointers(spec.cache), spec.up_format == "int8"
 
-    def each(pieces: list[Piece], line: str, **names: str) -> str:
-        return "\n".join(fill(line, **asdict(piece), **names).rstrip() for piece in pieces)
+    def each(pieces: list[Piece], line: str, scaled_line: str | None = None, **names: str) -> str:
+        chosen = [line if p.scale is None or scaled_line is None else scaled_line for p in pieces]
+        lines = zip(pieces, chosen, strict=True)
+        return "\n".join(fill(text, **asdict(piece), **names).rstrip() for piece, text in lines)
 
     def listed(prefix: str, pieces: list[Piece]) -> str:
         return ", ".join(prefix + piece.name for piece in pieces)
@@ -71,21 +86,23 @@ def emit(spec: LatentAttend, name: str) -> str:
         value=spec.value,
         scale=repr(spec.scale),
         log2_scale=repr(spec.scale * LOG2_E),
-        pointers=", ".join(cache_pointers(spec.cache_format)),
+        pointers=", ".join(pointers),
         math=_math(spec.cache_format),
         up_math=_math(spec.up_format),
-        pitch=pitch(spec.cache),
         queries=listed("q_", latents + ropes),
         sums=listed("sum_", latents),
         load_queries=each(latents, LOAD_LATENT_QUERY) + "\n" + each(ropes, LOAD_ROPE_QUERY),
         zero_sums=each(latents, ZERO_SUM),
-        move_scales=MOVE_SCALES if int8 else "",
+        find_rows="\n".join(
+            f"{_rows(name)} = {name} + rows * {pitch(spec.cache, fmt)}"
+            for name, fmt in pointers.items()
+        ),
         load_keys=each(latents, LOAD, block="LATENT_BLOCK")
         + "\n"
         + each(ropes, LOAD, block="ROPE_BLOCK"),
-        load_scales=each(latents + ropes, LOAD_SCALE) if int8 else "",
-        add_scores=each(ropes + latents, ADD_SCALED_SCORE if int8 else ADD_SCORE),
-        add_values=each(latents, ADD_SCALED_VALUE if int8 else ADD_VALUE),
+        load_scales=each([p for p in latents + ropes if p.scale is not None], LOAD_SCALE),
+        add_scores=each(ropes + latents, ADD_SCORE, ADD_SCALED_SCORE),
+        add_values=each(latents, ADD_VALUE, ADD_SCALED_VALUE),
         store_sums=each(latents, STORE_SUM),
         w_uk_scale="w_uk_scale_ptr, " if scaled_up else "",
         w_uv_scale="w_uv_scale_ptr, " if scaled_up else "",
@@ -102,7 +119,9 @@ def _math(fmt: str) -> str:
 def shape_of(site: Site) -> Shape:
     spec = site.spec
     assert isinstance(spec, LatentAttend)
-    size, width = FORMATS[spec.cache_format], padded(spec.latent) + padded(spec.rope)
+    columns = [padded(place.part.width) for place in spec.cache.places]
+    sizes = [FORMATS[place.format] for place in spec.cache.places]
+    size, width = FORMATS[spec.cache_format], sum(columns)
     # The heads of one query, and more queries where a bucket may hold long prompts.
     rows = max(16, power_of_2(spec.heads)) if site.bucket.tokens < 64 else 64
     rows = min(rows, 64 if width <= 320 or site.target.shared_bytes > 128 * 1024 else 32)
@@ -111,9 +130,10 @@ def shape_of(site: Site) -> Shape:
         rows, blocks = 16, (16,)  # no tensor cores for such products
     for block in blocks:
         held = rows * width * max(2, size)
-        if size == 1:  # widened to bf16 before they are multiplied
-            held += block * width * 2
-        stages, resident = fit(site.target, rows, held, block * width * size)
+        # Bytes are widened to bf16 before they are multiplied.
+        held += block * sum(2 * n for n, each in zip(columns, sizes, strict=True) if each == 1)
+        loaded = block * sum(n * each for n, each in zip(columns, sizes, strict=True))
+        stages, resident = fit(site.target, rows, held, loaded)
         if stages >= 2:
             break
     warps = max(4, min(8, rows // 4))
@@ -148,7 +168,7 @@ def launches(site: Site) -> Group:
         "UNMASKED": tile.queries > 1,
     }
     args: list[Arg] = [
-        "q", latent_q, *cache_args(spec.cache_format), mixed if shares == 1 else partial, lse,
+        "q", latent_q, *cache_args(spec.cache, site.target), mixed if shares == 1 else partial, lse,
         "positions", "starts", "block_table", "count.sequences",
     ]  # fmt: skip
     attend = site.launch(
@@ -223,9 +243,8 @@ LOAD_ROPE_QUERY = """
 q_$name = load_rows(q_pe_ptr + $at, real, $width, ROPE_BLOCK, True).to(MATH)
 """
 ZERO_SUM = "sum_$name = tl.zeros([ROWS, LATENT_BLOCK], tl.float32)"
-MOVE_SCALES = "scales = scales_ptr + rows * (PITCH // 4)"
-LOAD = "$name = load_rows(row_ptr + $column, inside, $width, $block, MASKED).to(MATH)"
-LOAD_SCALE = "scale_$name = tl.load(scales + $scale, inside, 0.0)[None, :]"
+LOAD = "$name = widened(load_rows($rows + $column, inside, $width, $block, MASKED), MATH)"
+LOAD_SCALE = "scale_$name = tl.load(scales_row + $scale, inside, 0.0)[None, :]"
 ADD_SCORE = 'score = tl.dot(q_$name, tl.trans($name), score, input_precision="ieee")'
 ADD_SCALED_SCORE = "score += tl.dot(q_$name, tl.trans($name)) * scale_$name"
 ADD_VALUE = """
@@ -319,7 +338,6 @@ def ${symbol}_blocks(
     MASKED: tl.constexpr,
 ):
     """Blocks [begin, end) of keys joined to a tile's softmax; a latent, loaded once, is key and value."""
-    PITCH: tl.constexpr = $pitch
     MATH: tl.constexpr = $math
     page = page_of(table_ptr, begin, end, BLOCK)
     for block in range(begin, end):
@@ -327,9 +345,8 @@ def ${symbol}_blocks(
         inside = keys <= last
         rows = cache_rows(page, block, BLOCK)
         page = page_of(table_ptr, block + 1, end, BLOCK)
-        row_ptr = cache_ptr + rows * PITCH
+        $find_rows
         $load_keys
-        $move_scales
         $load_scales
         score = tl.zeros([ROWS, BLOCK], tl.float32)
         $add_scores

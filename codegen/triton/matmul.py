@@ -12,6 +12,8 @@ Formats are "fp32", "bf16", "int8", "int4" and "fp8", laid out as ir/quant.py ha
 import triton
 import triton.language as tl
 
+from .support import decode_fp8
+
 
 @triton.jit
 def tile_of(
@@ -260,18 +262,3 @@ def _int4_scales(scale_ptr, row, there, k, K: tl.constexpr, GROUP: tl.constexpr)
 def decode_int4(nibbles):
     """i16 values 0 ... 15 as bf16 -8 ... 7: 0x43vv are the bits of 128 + vv."""
     return (nibbles | 0x4300).to(tl.bfloat16, bitcast=True) - 136.0
-
-
-@triton.jit
-def decode_fp8(q):
-    """Finite E4M3 numbers, or their bits where the architecture does not know them, as bf16.
-
-    Exponent and fraction in the place of those of a bf16 number give one that is 2^120 times too small, also
-    where they are subnormal.
-    """
-    if q.dtype == tl.uint8:
-        q = q.to(tl.int16)
-        bits = ((q & 0x80) << 8) | ((q & 0x7F) << 4)
-        return bits.to(tl.bfloat16, bitcast=True) * 1.329227995784916e36
-    else:
-        return q.to(tl.float16).to(tl.float32).to(tl.bfloat16)

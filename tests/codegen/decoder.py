@@ -33,8 +33,8 @@ from .harness import DTYPES, weights_of
 
 VOCAB, HIDDEN, POSITIONS = 50, 40, 256
 CAPACITY = Capacity(tokens=80, rows=4)
-GQA = Attend(4, 2, 16, 16, 0.25, "bf16", window=70)
-MLA = LatentAttend(3, 12, 8, 24, 10, 0.22, "int8", absorb_below=20)
+GQA = Attend(4, 2, 16, 16, 0.25, "int8", window=70)
+MLA = LatentAttend(3, 12, 8, 24, 10, 0.22, "fp8", absorb_below=20)
 ROUTE = Route(6, RouterSpec(2, "sigmoid", True, 2, 1, scale=2.0))
 EXPERTS = Experts(6, 2, HIDDEN, 24, "int4-g32", "fp8", residual=True)
 SQUARE = Extern("aten.square.default", ("x0",), '[[{"operand": "x0"}], {}]', "f32", (-1, HIDDEN))
@@ -82,7 +82,7 @@ def decoder_plan() -> Plan:
     b = _Builder()
     act = b.activation
     angles = Embed(POSITIONS, 4, "fp32")
-    b.step("embed", Embed(VOCAB, HIDDEN, "bf16"), index="ids", out=act("x", HIDDEN))
+    b.step("embed", Embed(VOCAB, HIDDEN, "int8"), index="ids", out=act("x", HIDDEN))
     b.step("cos", angles, index="positions", out=act("cos", 4))
     b.step("sin", angles, index="positions", out=act("sin", 4))
 

@@ -387,3 +387,22 @@ def _fill_cache(spec: CacheSpec, rows: Tensor, batch: Batch, rng: torch.Generato
             at = torch.arange(int(batch.positions[hi - 1]) + 1)
             parts = [torch.randn(len(at), p.width, generator=rng) for p in spec.parts]
             rows[batch.block_table[b, at // PAGE].long(), at % PAGE] = cache.encode(spec, parts)
+
+
+def used_bytes(spec: CacheSpec) -> Tensor:
+    """Which bytes of a row mean something: those between values and scales only align them."""
+    used = torch.zeros(spec.row_bytes, dtype=torch.bool)
+    for place in spec.places:
+        used[place.values : place.values + place.bytes] = True
+        if place.scales is not None:
+            used[place.scales : place.scales + 4 * place.part.tiles] = True
+    return used
+
+
+def e4m3_ladder() -> Tensor:
+    """Every finite E4M3 number, every number halfway to the next, and those just beside."""
+    codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    halves = (codes[1:] + codes[:-1]) / 2
+    beside = [torch.nextafter(halves, torch.tensor(limit)) for limit in (0.0, 448.0)]
+    positive = torch.cat([codes, halves, *beside])  # 505, and their opposites
+    return torch.cat([positive, -positive, torch.zeros(-2 * len(positive) % 15)])

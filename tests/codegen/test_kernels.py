@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenmill.codegen.cpp.target import cpu_features, parse_target
 from tokenmill.ir import cache, quant
-from tokenmill.ir.cache import FORMATS, Batch, Part
+from tokenmill.ir.cache import FORMATS, LARGEST, Batch, Part
 from tokenmill.ir.expr import FUNCTIONS
 from tokenmill.ir.plan import (
     Attend,
@@ -29,7 +29,7 @@ from tokenmill.ir.plan import (
 )
 from tokenmill.ir.router import RouterSpec
 
-from .harness import CpuKernels, batch_of, inputs_of
+from .harness import CpuKernels, batch_of, e4m3_ladder, inputs_of, used_bytes
 
 SWIGLU = "silu(acc0) * acc1"
 LINEARS = (
@@ -46,20 +46,27 @@ EXPERTS = (
     Experts(5, 4, 64, 130, "fp8", "int8", "min(acc0, 7.0) * sigmoid(1.702 * acc0) * (acc1 + 1.0)"),
 )
 ATTENDS = (
-    *(Attend(6, 2, 24, 20, 0.2, fmt) for fmt in FORMATS),
+    *(Attend(6, 2, 24, 20, 0.2, fmt) for fmt in ("fp32", "bf16", "int8")),
     Attend(4, 4, 16, 16, 0.25, "bf16", window=5, softcap=20.0),
     Attend(5, 1, 40, 33, 0.15, "int8", window=70, sinks=True),
     Attend(8, 2, 64, 32, 0.125, "bf16", window=600, sinks=True),
+    Attend(6, 2, 24, 20, 0.2, "fp8"),
+    Attend(5, 1, 40, 33, 0.15, "fp8", window=70, sinks=True),
 )
 # Absorbed and expanded: up to 8 queries and more; always expanded; always absorbed.  Widths that are whole
 # steps are read where the cache has them, others are decoded.
 LATENTS = (
-    *(LatentAttend(6, 20, 12, 40, 24, 0.2, fmt, absorb_below=9) for fmt in FORMATS),
+    *(
+        LatentAttend(6, 20, 12, 40, 24, 0.2, fmt, absorb_below=9)
+        for fmt in ("fp32", "bf16", "int8")
+    ),
     LatentAttend(6, 20, 12, 40, 24, 0.2, "fp32", "fp32", absorb_below=9),
     LatentAttend(5, 32, 32, 64, 16, 0.1, "int8", "int8", absorb_below=9),
     LatentAttend(20, 70, 8, 130, 17, 0.1, "bf16", "fp32", absorb_below=1),
     LatentAttend(20, 70, 8, 130, 17, 0.1, "int8", "fp32", absorb_below=1000),
     LatentAttend(70, 24, 32, 64, 16, 0.15, "bf16", "int8", absorb_below=1000),
+    LatentAttend(6, 20, 12, 40, 24, 0.2, "fp8", absorb_below=9),
+    LatentAttend(3, 16, 6, 301, 16, 0.2, "fp8", "int8", absorb_below=1000),  # three scales, a gap
 )
 ROUTES = tuple(
     Route(experts, router)
@@ -98,15 +105,18 @@ FUNCTION_KERNELS = {
     else Pointwise(21, f"{name}(x0)", ("row",))
     for name in FUNCTIONS
 }
-WRITES = tuple(
-    CacheWrite(fmt, parts)
-    for fmt in FORMATS
-    for parts in (
-        (Part("latent", 37, 16), Part("rope", 6, 8)),
-        (Part("key", 48, 16), Part("value", 40, 20)),
-    )
+WRITES = (
+    *(
+        CacheWrite(fmt, parts)
+        for fmt in FORMATS
+        for parts in (
+            (Part("latent", 37, 16), Part("rope", 6, 8)),
+            (Part("key", 48, 16), Part("value", 40, 20)),
+        )
+    ),
+    CacheWrite("fp8", (Part("latent", 37, 16), Part("rope", 6, 8, "bf16"))),
 )
-COPIES = (Embed(11, 37, "fp32"), Embed(11, 37, "bf16"), SelectRows(29))
+COPIES = (Embed(11, 37, "fp32"), Embed(11, 37, "bf16"), Embed(11, 37, "int8"), SelectRows(29))
 # Out shares the buffer of an operand that is read element by element.
 IN_PLACE: dict[KernelSpec, str] = {
     Rope(2, 32, 32): "x",
@@ -145,13 +155,18 @@ BATCHES = {
 }
 
 
+SCALED_WRITES = tuple(spec for spec in WRITES if spec.format in LARGEST)
 # One or two of each kind, for the narrower vectors: the code differs in simd.h and weights.h only.
 PORTABLE: tuple[KernelSpec, ...] = (
     *LINEARS[:7],
     *EXPERTS[2:],
     *ATTENDS[2:5],
+    ATTENDS[7],
     LATENTS[2],
     LATENTS[4],
+    LATENTS[9],
+    *SCALED_WRITES,
+    COPIES[2],
     *ROUTES[1:3],
     NORMS[3],
     *ROPES[2:4],
@@ -217,7 +232,7 @@ PER_BATCH = (
     *NORMS,
     *ROPES,
     *POINTWISES,
-    *COPIES[:2],
+    *COPIES[:3],
 )
 
 
@@ -239,6 +254,9 @@ def test_narrower_targets_match_too(target: str) -> None:
     for spec in PORTABLE:
         for name in ("none", "decode", "ragged"):
             check(built, spec, BATCHES[name])
+    for spec in SCALED_WRITES:
+        check_written(built, spec, BATCHES["ragged"])
+    check_rounding(built)
 
 
 SEQUENCES = st.lists(
@@ -291,11 +309,10 @@ def test_function_is_the_tables(kernels: CpuKernels, name: str) -> None:
     torch.testing.assert_close(got, want, rtol=2e-6, atol=atol, equal_nan=True)
 
 
-@pytest.mark.parametrize("sequences", BATCHES.values(), ids=BATCHES)
-@pytest.mark.parametrize("spec", WRITES, ids=str)
-def test_cache_rows_are_the_references(
+def check_written(
     kernels: CpuKernels, spec: CacheWrite, sequences: tuple[tuple[int, int], ...]
 ) -> None:
+    """Every bit is the reference's, but for the gaps that align what follows."""
     batch = batch_of(*sequences)
     inputs = inputs_of(kernels, spec, batch)
     if inputs and len(batch.positions):
@@ -305,10 +322,50 @@ def test_cache_rows_are_the_references(
     want = got.clone()
     kernels.run(spec, batch, inputs)
     cache.write(spec.cache, want, batch, list(inputs.values()))
-    if spec.format == "int8":  # the alignment gap before the scales means nothing
-        gap = slice(spec.cache.width, spec.cache.scale_offset)
-        got[..., gap] = want[..., gap]
-    assert torch.equal(got, want)
+    assert torch.equal(got.where(used_bytes(spec.cache), 0), want.where(used_bytes(spec.cache), 0))
+
+
+@pytest.mark.parametrize("sequences", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("spec", WRITES, ids=str)
+def test_cache_rows_are_the_references(
+    kernels: CpuKernels, spec: CacheWrite, sequences: tuple[tuple[int, int], ...]
+) -> None:
+    check_written(kernels, spec, sequences)
+
+
+def check_rounding(kernels: CpuKernels) -> None:
+    """Numbers of E4M3, those halfway between two, and their neighbours, in a tile with scale 1."""
+    spec = SCALED_WRITES[-1]
+    values = e4m3_ladder()
+    rows = values.view(-1, 15)
+    p0 = torch.zeros(len(rows), spec.parts[0].width)
+    p0[:, 0], p0[:, 1:16] = 448.0, rows
+    batch = batch_of((0, len(rows)))
+    kernels.run(spec, batch, {"p0": p0, "p1": torch.zeros(len(rows), spec.parts[1].width)})
+    at = torch.arange(len(rows))
+    pages = batch.block_table[0, at // cache.PAGE].long()
+    got = kernels.cache_of(spec)[pages, at % cache.PAGE, 1:16]
+    assert torch.equal(got, rows.to(torch.float8_e4m3fn).view(torch.uint8))
+
+
+def test_fp8_cache_rounds_like_torch(kernels: CpuKernels) -> None:
+    check_rounding(kernels)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("column", [0, 15])
+@pytest.mark.parametrize("spec", [SCALED_WRITES[0], SCALED_WRITES[-1]], ids=str)
+def test_what_is_not_finite_makes_its_tile_so(
+    kernels: CpuKernels, spec: CacheWrite, column: int, bad: float
+) -> None:
+    batch = batch_of((0, 1))
+    parts = [torch.ones(1, part.width) for part in spec.parts]
+    parts[0][0, column] = bad
+    kernels.run(spec, batch, {f"p{i}": part for i, part in enumerate(parts)})
+    rows = kernels.cache_of(spec)[batch.block_table[0, 0].long(), :1]
+    back = cache.decode(spec.cache, rows)[0]
+    assert not back[0, :16].isfinite().any()
+    assert torch.equal(back[0, 16:], torch.ones(spec.parts[0].width - 16))
 
 
 def test_bf16_cache_rounds_like_torch(kernels: CpuKernels) -> None:
@@ -325,7 +382,7 @@ def test_bf16_cache_rounds_like_torch(kernels: CpuKernels) -> None:
 
 
 def test_select_rows(kernels: CpuKernels) -> None:
-    spec = COPIES[2]
+    spec = COPIES[3]
     batch = batch_of((0, 9))
     inputs = {"x": torch.randn(9, spec.width)}
     for rows in ([], [8], [0, 8, 3, 3]):

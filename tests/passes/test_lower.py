@@ -42,8 +42,8 @@ def exact_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quant, "round_inputs", lambda x, fmt: x)
 
 
-def compiled(program: Program, weights: str = "fp32") -> Plan:
-    recipe = Recipe.model_validate({"weights": weights})
+def compiled(program: Program, weights: str = "fp32", **fields: object) -> Plan:
+    recipe = Recipe.model_validate({"weights": weights} | fields)
     apply(
         program, FuseLinear(), HoistViews(), FusePointwise(), FuseGated(), FuseResidual(),
         FuseEpilogue(), MergeLinears(recipe), FuseResidualNorm(),
@@ -79,6 +79,15 @@ def test_a_decoder_becomes_kernels_only(latent: bool, weights: str) -> None:
         if buffer.kind == "weight":
             like = program.weights.like(buffer.name)
             assert (buffer.shape, ir.DTYPE_BYTES[buffer.dtype]) == (like.shape, like.itemsize)
+
+
+def test_embeddings_in_int8() -> None:
+    rules = [{"match": "role:embedding", "format": "int8"}]
+    plan = compiled(decoder(), "bf16", rules=rules)
+    embed = next(s for s in plan.steps if isinstance(s.spec, ir.Embed) and "q" in s.bind)
+    q, scale = (plan.buffers[embed.bind[part].buffer] for part in ("q", "scale"))
+    assert (q.dtype, q.shape) == ("i8", (embed.spec.vocab, embed.spec.width))
+    assert (scale.dtype, scale.shape) == ("f32", (embed.spec.vocab,))
 
 
 def test_steps_of_a_layer() -> None:

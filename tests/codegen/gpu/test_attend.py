@@ -22,6 +22,7 @@ WIDE = Attend(
     20, 1, 16, 16, 0.25, "bf16", sinks=True
 )  # more heads of a kv head than a tile has rows
 SPECS = (*ATTENDS, WIDE)
+FP8 = tuple(spec for spec in ATTENDS if spec.cache_format == "fp8")
 
 
 def column_of(dtype: str) -> int:
@@ -32,6 +33,12 @@ def column_of(dtype: str) -> int:
 @pytest.fixture(scope="module", params=["f32", "bf16"])
 def kernels(request: pytest.FixtureRequest) -> Interpreted:
     return Interpreted(SPECS, dtype=request.param, column=column_of(request.param))
+
+
+@pytest.fixture(scope="module")
+def without_fp8() -> Interpreted:
+    """Where E4M3 is read by its bits."""
+    return Interpreted(FP8, "sm_80", column=0)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +69,12 @@ def test_matches_reference(kernels: Interpreted, spec: Attend, name: str) -> Non
     check(kernels, spec, *BATCHES[name])
 
 
-@pytest.mark.parametrize("spec", [ATTENDS[2], ATTENDS[4]], ids=str)
+@pytest.mark.parametrize("spec", FP8, ids=str)
+def test_fp8_by_its_bits_matches_too(without_fp8: Interpreted, spec: Attend) -> None:
+    check(without_fp8, spec, *BATCHES["decode"])
+
+
+@pytest.mark.parametrize("spec", [ATTENDS[2], ATTENDS[4], FP8[1]], ids=str)
 def test_prompts_and_decode_go_together(split: Interpreted, spec: Attend) -> None:
     """In a bucket whose tiles are tall, and which walks whole blocks without masks."""
     check(split, spec, (0, 64), (130, 1), (63, 2), (0, 0), (70, 9))

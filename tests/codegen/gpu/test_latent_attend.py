@@ -19,6 +19,7 @@ from .interpreter import Interpreted
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 # Kernels for a GPU absorb however many queries there are.
 SPECS = tuple(replace(spec, absorb_below=1000) for spec in LATENTS)
+FP8 = tuple(spec for spec in SPECS if spec.cache_format == "fp8")
 TILED = LatentAttend(
     3, 16, 8, 300, 16, 0.2, "int8", "int8", absorb_below=1000
 )  # three scales a row
@@ -28,6 +29,12 @@ TILED = LatentAttend(
 def kernels(request: pytest.FixtureRequest) -> Interpreted:
     column = 3 if request.param == "f32" else 0
     return Interpreted((*SPECS, TILED), dtype=request.param, column=column)
+
+
+@pytest.fixture(scope="module")
+def without_fp8() -> Interpreted:
+    """Where E4M3 is read by its bits."""
+    return Interpreted(FP8, "sm_80", column=0)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +61,7 @@ def check(
 
 
 @pytest.mark.parametrize("name", ["none", "an empty sequence", "decode"])
-@pytest.mark.parametrize("spec", [*SPECS[:5], TILED], ids=str)
+@pytest.mark.parametrize("spec", [*SPECS[:5], TILED, *FP8], ids=str)
 def test_matches_reference(kernels: Interpreted, spec: LatentAttend, name: str) -> None:
     check(kernels, spec, *BATCHES[name])
 
@@ -64,13 +71,18 @@ def test_several_queries_of_a_sequence(kernels: Interpreted, spec: LatentAttend)
     check(kernels, spec, *BATCHES["over a page boundary"])
 
 
-@pytest.mark.parametrize("spec", [SPECS[1], SPECS[4]], ids=str)
+@pytest.mark.parametrize("spec", FP8, ids=str)
+def test_fp8_by_its_bits_matches_too(without_fp8: Interpreted, spec: LatentAttend) -> None:
+    check(without_fp8, spec, *BATCHES["decode"])
+
+
+@pytest.mark.parametrize("spec", [SPECS[1], SPECS[4], FP8[1]], ids=str)
 def test_prompts_and_decode_go_together(split: Interpreted, spec: LatentAttend) -> None:
     """In a bucket whose tiles are tall, and which walks whole blocks without masks."""
     check(split, spec, (0, 64), (130, 1), (63, 2), (0, 0), (70, 9))
 
 
-@pytest.mark.parametrize("spec", [*SPECS[2:4], *SPECS[5:]], ids=str)
+@pytest.mark.parametrize("spec", [*SPECS[2:4], *SPECS[5:8], FP8[0]], ids=str)
 def test_splits_are_joined(split: Interpreted, spec: LatentAttend) -> None:
     check(split, spec, (300, 1), (5, 1))
 

@@ -103,10 +103,17 @@ class Model:
     ("name", "recipe"),
     [
         ("deepseek_v3", {"weights": "int4", "kv": "int8"}),
-        ("deepseek_v2", {"weights": "fp8"}),
+        ("deepseek_v2", {"weights": "fp8", "kv": "fp8"}),
         ("qwen3_moe", {"weights": "bf16"}),
         ("mixtral", {"weights": "int8", "kv": "int8"}),
-        ("hand_written", {"weights": "bf16"}),
+        (
+            "hand_written",
+            {
+                "weights": "bf16",
+                "kv": "fp8",
+                "rules": [{"match": "role:embedding", "format": "int8"}],
+            },
+        ),
     ],
 )
 def test_every_step_of_a_mixed_batch(name: str, recipe: dict[str, Any]) -> None:

@@ -8,11 +8,12 @@ namespace mill {
 // out[t, h] = softmax_j(q[t, h] . key[j, h / GROUP] * 0.25f) value[j, h / GROUP]
 // over keys p - 70 < j <= p for a query at position p;  q [rows, 4, 16], out [rows, 4, 16],
 // cache row: keys [2, 16], values [2, 16]
-namespace attend_h4_kv2_d16_v16_bf16_window70 {
+namespace attend_h4_kv2_d16_v16_int8_window70 {
 constexpr int HEADS = 4, HEADS_KV = 2, GROUP = HEADS / HEADS_KV;
-constexpr int DIM = 16, VALUE = 16, WINDOW = 70, ROW_BYTES = 128;
+constexpr int DIM = 16, VALUE = 16, WINDOW = 70, ROW_BYTES = 80;
 constexpr float SCALE = 0.25f, SOFTCAP = 0.0f;
-using Cache = CacheBf16;
+using Cache = CacheInt8;
+constexpr int SIZE = sizeof(Cache::Value);
 using Math = ShortMath;
 using Inputs = Math::Panel::Inputs;
 using KeysOf = KeyRows<Math, Cache, DIM, ROW_BYTES>;
@@ -62,8 +63,8 @@ struct Call {
       Inputs::pack(row + r % PANEL * ROW, x, DIM);
       if ((r + 1) % PANEL == 0 || r + 1 == rows) panel_of_rows(row, ROW, panel + r / PANEL * PANEL * ROW);
     }
-    const Span key_at{kv * DIM, DIM, DIM, 64 + 4 * kv};
-    const Span value_at{HEADS_KV * DIM + kv * VALUE, VALUE, VALUE, 72 + 4 * kv};
+    const Span<Cache> key_at{kv * DIM * SIZE, DIM, DIM, 64 + 4 * kv};
+    const Span<Cache> value_at{(HEADS_KV * DIM + kv * VALUE) * SIZE, VALUE, VALUE, 72 + 4 * kv};
     const int p0 = a.positions[tile.first], from = max(begin, queries.oldest_of(tile));
     join_blocks(from, end, all, span, block, rows, [&](int at, const Partial &result) {
       const int base = at * KEYS, count = min(KEYS, p0 + tile.tokens - base);
@@ -73,8 +74,8 @@ struct Call {
         values.set(j, from, value_at);
         if (base + KEYS + j < p0 + tile.tokens) {  // rows of the next block: too far apart for the hardware
           const uint8_t *next = cache_row(a, cache, ROW_BYTES, tile.sequence, base + KEYS + j);
-          prefetch(next + key_at.column * sizeof(Cache::Value), DIM * sizeof(Cache::Value));
-          prefetch(next + value_at.column * sizeof(Cache::Value), VALUE * sizeof(Cache::Value));
+          prefetch(next + key_at.at, DIM * SIZE);
+          prefetch(next + value_at.at, VALUE * SIZE);
         }
       }
       for (int r = 0; r < PANELS * PANEL; r++)
@@ -126,6 +127,6 @@ TM_NOINLINE void run(Thread &th, int rows, Rows<float> q, const void *cache, Row
       call.finish_slots(b, b.at[jobs.at / HEADS_KV], jobs.at % HEADS_KV, grain);
   }
 }
-}  // namespace attend_h4_kv2_d16_v16_bf16_window70
+}  // namespace attend_h4_kv2_d16_v16_int8_window70
 
 }  // namespace mill

@@ -6,8 +6,8 @@
 namespace mill {
 
 // cache[block_table[b, p / 64], p % 64] = key [32], value [32] of token t, at position p of sequence b
-namespace cache_write_key32_value32_bf16 {
-constexpr int ROW_BYTES = 128;
+namespace cache_write_key32_value32_int8 {
+constexpr int ROW_BYTES = 80;
 constexpr size_t SHARED = 0, LOCAL = 0;
 
 TM_NOINLINE void run(Thread &th, int rows, Rows<float> p0, Rows<float> p1, void *cache) {
@@ -16,15 +16,15 @@ TM_NOINLINE void run(Thread &th, int rows, Rows<float> p0, Rows<float> p1, void 
   for (int t = th.share(rows, 0); t < th.share(rows, 1); t++) {
     b = sequence_of(a.starts, t, b);
     uint8_t *row = cache_row(a, cache, ROW_BYTES, b, a.positions[t]);
-    CacheBf16::encode(row, Span{0, 32, 16, 64}, p0[t]);
-    CacheBf16::encode(row, Span{32, 32, 16, 72}, p1[t]);
+    Span<CacheInt8>{0, 32, 16, 64}.encode(row, p0[t]);
+    Span<CacheInt8>{32, 32, 16, 72}.encode(row, p1[t]);
   }
 }
-}  // namespace cache_write_key32_value32_bf16
+}  // namespace cache_write_key32_value32_int8
 
 // cache[block_table[b, p / 64], p % 64] = latent [24], rope [8] of token t, at position p of sequence b
-namespace cache_write_latent24_rope8_int8 {
-constexpr int ROW_BYTES = 40;
+namespace cache_write_latent24_rope8_fp8 {
+constexpr int ROW_BYTES = 44;
 constexpr size_t SHARED = 0, LOCAL = 0;
 
 TM_NOINLINE void run(Thread &th, int rows, Rows<float> p0, Rows<float> p1, void *cache) {
@@ -33,10 +33,10 @@ TM_NOINLINE void run(Thread &th, int rows, Rows<float> p0, Rows<float> p1, void 
   for (int t = th.share(rows, 0); t < th.share(rows, 1); t++) {
     b = sequence_of(a.starts, t, b);
     uint8_t *row = cache_row(a, cache, ROW_BYTES, b, a.positions[t]);
-    CacheInt8::encode(row, Span{0, 24, 128, 32}, p0[t]);
-    CacheInt8::encode(row, Span{24, 8, 128, 36}, p1[t]);
+    Span<CacheFp8>{0, 24, 128, 40}.encode(row, p0[t]);
+    Span<CacheBf16>{24, 8, 128, 0}.encode(row, p1[t]);
   }
 }
-}  // namespace cache_write_latent24_rope8_int8
+}  // namespace cache_write_latent24_rope8_fp8
 
 }  // namespace mill

@@ -8,13 +8,14 @@ namespace mill {
 // out[t, h] = softmax_j(0.22f * (q_nope w_uk[h] . c[j] + q_pe . k_pe[j])) w_uv[h] c[j]
 // over keys j <= position of t;  q [rows, 3, 12 + 8], out [rows, 3, 10],
 // w_uk [3, 12, 24], w_uv [3, 10, 24], cache row: c [24], k_pe [8]
-namespace latent_attend_h3_n12_r8_l24_v10_int8 {
+namespace latent_attend_h3_n12_r8_l24_v10_fp8 {
 constexpr int HEADS = 3, NOPE = 12, ROPE = 8, QUERY = NOPE + ROPE;
-constexpr int LATENT = 24, VALUE = 10, ABSORB_BELOW = 20, ROW_BYTES = 40;
+constexpr int LATENT = 24, VALUE = 10, ABSORB_BELOW = 20, ROW_BYTES = 44;
 constexpr float SCALE = 0.22f;
 constexpr int WIDTH = LATENT + ROPE, LATENT_PITCH = round_up(LATENT, STEP);
-constexpr Span LATENT_AT = {0, 24, 128, 32}, ROPE_AT = {24, 8, 128, 36};
-using Cache = CacheInt8;
+constexpr auto LATENT_AT = Span<CacheFp8>{0, 24, 128, 40};
+constexpr auto ROPE_AT = Span<CacheBf16>{24, 8, 128, 0};
+using Cache = CacheFp8;
 using Math = ShortMath;
 using Value = Math::Value;
 using Packed = Math::Panel;
@@ -301,6 +302,6 @@ TM_NOINLINE void run(Thread &th, int rows, Rows<float> q, const void *w_uk_w, co
     for (Jobs jobs(th, HEADS); jobs.next();) call.raise(few, b, grain, jobs.at);
   }
 }
-}  // namespace latent_attend_h3_n12_r8_l24_v10_int8
+}  // namespace latent_attend_h3_n12_r8_l24_v10_fp8
 
 }  // namespace mill

@@ -30,34 +30,34 @@ constexpr size_t largest(const size_t (&sizes)[N]) {
   for (size_t s : sizes) most = s > most ? s : most;
   return (most + 127) / 128 * 128;
 }
-constexpr size_t SHARED_BYTES = largest({0, embed_v50_w40_bf16::SHARED, embed_v256_w4_fp32::SHARED,
+constexpr size_t SHARED_BYTES = largest({0, embed_v50_w40_int8::SHARED, embed_v256_w4_fp32::SHARED,
                                          rms_norm_w40::SHARED, linear_n128_k40_int8_bias::SHARED,
                                          rope_half_h4_d16_r8::SHARED, rope_half_h2_d16_r8::SHARED,
-                                         cache_write_key32_value32_bf16::SHARED,
-                                         attend_h4_kv2_d16_v16_bf16_window70::SHARED,
+                                         cache_write_key32_value32_int8::SHARED,
+                                         attend_h4_kv2_d16_v16_int8_window70::SHARED,
                                          linear_n40_k64_bf16_fused::SHARED, pointwise_w40::SHARED,
                                          linear_n60_k40_fp8::SHARED, linear_n32_k40_fp32::SHARED,
                                          rope_interleaved_h3_d20_r8_at12::SHARED,
                                          rope_interleaved_h1_d8_r8::SHARED, rms_norm_w24::SHARED,
-                                         cache_write_latent24_rope8_int8::SHARED,
-                                         latent_attend_h3_n12_r8_l24_v10_int8::SHARED,
+                                         cache_write_latent24_rope8_fp8::SHARED,
+                                         latent_attend_h3_n12_r8_l24_v10_fp8::SHARED,
                                          linear_n40_k30_int4_g32::SHARED,
                                          rms_norm_w40_residual::SHARED, linear_n6_k40_fp32::SHARED,
                                          route_e6_top2_sigmoid_g2_top2::SHARED,
                                          experts_e6_top2_h40_i24_int4_g32_fp8::SHARED,
                                          select_rows_w40::SHARED, layer_norm_w40::SHARED,
                                          linear_n50_k40_int8::SHARED});
-constexpr size_t LOCAL_BYTES = largest({0, embed_v50_w40_bf16::LOCAL, embed_v256_w4_fp32::LOCAL,
+constexpr size_t LOCAL_BYTES = largest({0, embed_v50_w40_int8::LOCAL, embed_v256_w4_fp32::LOCAL,
                                         rms_norm_w40::LOCAL, linear_n128_k40_int8_bias::LOCAL,
                                         rope_half_h4_d16_r8::LOCAL, rope_half_h2_d16_r8::LOCAL,
-                                        cache_write_key32_value32_bf16::LOCAL,
-                                        attend_h4_kv2_d16_v16_bf16_window70::LOCAL,
+                                        cache_write_key32_value32_int8::LOCAL,
+                                        attend_h4_kv2_d16_v16_int8_window70::LOCAL,
                                         linear_n40_k64_bf16_fused::LOCAL, pointwise_w40::LOCAL,
                                         linear_n60_k40_fp8::LOCAL, linear_n32_k40_fp32::LOCAL,
                                         rope_interleaved_h3_d20_r8_at12::LOCAL,
                                         rope_interleaved_h1_d8_r8::LOCAL, rms_norm_w24::LOCAL,
-                                        cache_write_latent24_rope8_int8::LOCAL,
-                                        latent_attend_h3_n12_r8_l24_v10_int8::LOCAL,
+                                        cache_write_latent24_rope8_fp8::LOCAL,
+                                        latent_attend_h3_n12_r8_l24_v10_fp8::LOCAL,
                                         linear_n40_k30_int4_g32::LOCAL,
                                         rms_norm_w40_residual::LOCAL, linear_n6_k40_fp32::LOCAL,
                                         route_e6_top2_sigmoid_g2_top2::LOCAL,
@@ -69,21 +69,22 @@ static void step(int index, Thread &th) {
   const tm_args &a = *th.args;
   switch (index) {
     case 0:  // embed
-      embed_v50_w40_bf16::run(th, a.tokens, a.ids, a.weights[0], view<float>(a, 0, 40));
+      embed_v50_w40_int8::run(th, a.tokens, a.ids, a.weights[0], a.weights[1],
+                              view<float>(a, 0, 40));
       return;
     case 1:  // cos
-      embed_v256_w4_fp32::run(th, a.tokens, a.positions, a.weights[1], view<float>(a, 12800, 4));
+      embed_v256_w4_fp32::run(th, a.tokens, a.positions, a.weights[2], view<float>(a, 12800, 4));
       return;
     case 2:  // sin
-      embed_v256_w4_fp32::run(th, a.tokens, a.positions, a.weights[2], view<float>(a, 14080, 4));
+      embed_v256_w4_fp32::run(th, a.tokens, a.positions, a.weights[3], view<float>(a, 14080, 4));
       return;
     case 3:  // 0.norm
-      rms_norm_w40::run(th, a.tokens, view<float>(a, 0, 40), a.weights[3],
+      rms_norm_w40::run(th, a.tokens, view<float>(a, 0, 40), a.weights[4],
                         view<float>(a, 15360, 40));
       return;
     case 4:  // 0.qkv
-      linear_n128_k40_int8_bias::run(th, a.tokens, view<float>(a, 15360, 40), a.weights[4],
-                                     a.weights[5], a.weights[6], view<float>(a, 28160, 128));
+      linear_n128_k40_int8_bias::run(th, a.tokens, view<float>(a, 15360, 40), a.weights[5],
+                                     a.weights[6], a.weights[7], view<float>(a, 28160, 128));
       return;
     case 5:  // 0.q_rope
       rope_half_h4_d16_r8::run(th, a.tokens, view<float>(a, 28160, 128), view<float>(a, 12800, 4),
@@ -94,15 +95,15 @@ static void step(int index, Thread &th) {
                                view<float>(a, 14080, 4), view<float>(a, 28416, 128));
       return;
     case 7:  // 0.write
-      cache_write_key32_value32_bf16::run(th, a.tokens, view<float>(a, 28416, 128),
+      cache_write_key32_value32_int8::run(th, a.tokens, view<float>(a, 28416, 128),
                                           view<float>(a, 28544, 128), a.caches[0]);
       return;
     case 8:  // 0.attend
-      attend_h4_kv2_d16_v16_bf16_window70::run(th, a.tokens, view<float>(a, 28160, 128),
+      attend_h4_kv2_d16_v16_int8_window70::run(th, a.tokens, view<float>(a, 28160, 128),
                                                a.caches[0], view<float>(a, 69120, 64));
       return;
     case 9:  // 0.out
-      linear_n40_k64_bf16_fused::run(th, a.tokens, view<float>(a, 69120, 64), a.weights[7],
+      linear_n40_k64_bf16_fused::run(th, a.tokens, view<float>(a, 69120, 64), a.weights[8],
                                      view<float>(a, 0, 40), view<float>(a, 89600, 40));
       return;
     // 10: aten.square.default runs in torch (0.square)
@@ -111,15 +112,15 @@ static void step(int index, Thread &th) {
                          view<float>(a, 115200, 40));
       return;
     case 12:  // 1.norm
-      rms_norm_w40::run(th, a.tokens, view<float>(a, 115200, 40), a.weights[8],
+      rms_norm_w40::run(th, a.tokens, view<float>(a, 115200, 40), a.weights[9],
                         view<float>(a, 128000, 40));
       return;
     case 13:  // 1.q
-      linear_n60_k40_fp8::run(th, a.tokens, view<float>(a, 128000, 40), a.weights[9],
-                              a.weights[10], view<float>(a, 140800, 60));
+      linear_n60_k40_fp8::run(th, a.tokens, view<float>(a, 128000, 40), a.weights[10],
+                              a.weights[11], view<float>(a, 140800, 60));
       return;
     case 14:  // 1.kv
-      linear_n32_k40_fp32::run(th, a.tokens, view<float>(a, 128000, 40), a.weights[11],
+      linear_n32_k40_fp32::run(th, a.tokens, view<float>(a, 128000, 40), a.weights[12],
                                view<float>(a, 160000, 32));
       return;
     case 15:  // 1.q_rope
@@ -133,40 +134,40 @@ static void step(int index, Thread &th) {
                                      view<float>(a, 160096, 32));
       return;
     case 17:  // 1.c_norm
-      rms_norm_w24::run(th, a.tokens, view<float>(a, 160000, 32), a.weights[12],
+      rms_norm_w24::run(th, a.tokens, view<float>(a, 160000, 32), a.weights[13],
                         view<float>(a, 170240, 24));
       return;
     case 18:  // 1.write
-      cache_write_latent24_rope8_int8::run(th, a.tokens, view<float>(a, 170240, 24),
-                                           view<float>(a, 160096, 32), a.caches[1]);
+      cache_write_latent24_rope8_fp8::run(th, a.tokens, view<float>(a, 170240, 24),
+                                          view<float>(a, 160096, 32), a.caches[1]);
       return;
     case 19:  // 1.attend
-      latent_attend_h3_n12_r8_l24_v10_int8::run(th, a.tokens, view<float>(a, 140800, 60),
-                                                a.weights[13], a.weights[14], a.caches[1],
-                                                view<float>(a, 177920, 30));
+      latent_attend_h3_n12_r8_l24_v10_fp8::run(th, a.tokens, view<float>(a, 140800, 60),
+                                               a.weights[14], a.weights[15], a.caches[1],
+                                               view<float>(a, 177920, 30));
       return;
     case 20:  // 1.out
-      linear_n40_k30_int4_g32::run(th, a.tokens, view<float>(a, 177920, 30), a.weights[15],
-                                   a.weights[16], view<float>(a, 187520, 40));
+      linear_n40_k30_int4_g32::run(th, a.tokens, view<float>(a, 177920, 30), a.weights[16],
+                                   a.weights[17], view<float>(a, 187520, 40));
       return;
     case 21:  // 1.norm2
       rms_norm_w40_residual::run(th, a.tokens, view<float>(a, 187520, 40),
-                                 view<float>(a, 115200, 40), a.weights[17],
+                                 view<float>(a, 115200, 40), a.weights[18],
                                  view<float>(a, 200320, 40), view<float>(a, 213120, 40));
       return;
     case 22:  // 1.gate
-      linear_n6_k40_fp32::run(th, a.tokens, view<float>(a, 213120, 40), a.weights[18],
+      linear_n6_k40_fp32::run(th, a.tokens, view<float>(a, 213120, 40), a.weights[19],
                               view<float>(a, 225920, 6));
       return;
     case 23:  // 1.route
-      route_e6_top2_sigmoid_g2_top2::run(th, a.tokens, view<float>(a, 225920, 6), a.weights[19],
+      route_e6_top2_sigmoid_g2_top2::run(th, a.tokens, view<float>(a, 225920, 6), a.weights[20],
                                          view<int32_t>(a, 227840, 2), view<float>(a, 228480, 2));
       return;
     case 24:  // 1.experts
       experts_e6_top2_h40_i24_int4_g32_fp8::run(th, a.tokens, view<float>(a, 213120, 40),
                                                 view<int32_t>(a, 227840, 2),
-                                                view<float>(a, 228480, 2), a.weights[20],
-                                                a.weights[21], a.weights[22], a.weights[23],
+                                                view<float>(a, 228480, 2), a.weights[21],
+                                                a.weights[22], a.weights[23], a.weights[24],
                                                 view<float>(a, 200320, 40),
                                                 view<float>(a, 229120, 40));
       return;
@@ -175,12 +176,12 @@ static void step(int index, Thread &th) {
                            view<float>(a, 241920, 40));
       return;
     case 26:  // norm
-      layer_norm_w40::run(th, a.rows, view<float>(a, 241920, 40), a.weights[24], a.weights[25],
+      layer_norm_w40::run(th, a.rows, view<float>(a, 241920, 40), a.weights[25], a.weights[26],
                           view<float>(a, 241920, 40));
       return;
     case 27:  // head
-      linear_n50_k40_int8::run(th, a.rows, view<float>(a, 241920, 40), a.weights[26],
-                               a.weights[27], view<float>(a, 242560, 50));
+      linear_n50_k40_int8::run(th, a.rows, view<float>(a, 241920, 40), a.weights[27],
+                               a.weights[28], view<float>(a, 242560, 50));
       return;
   }
 }
