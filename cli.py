@@ -91,7 +91,8 @@ def optimize(
         str | None,
         typer.Option(
             metavar="HOW",
-            help="Of weights: rtn (to the nearest), clip, gptq. Default: gptq with --calibration or a budget, else rtn.",
+            help="Of weights: rtn (to the nearest), clip, gptq. Default: gptq with --calibration or a "
+            "budget, else rtn.",
         ),
     ] = None,
     calibration: Annotated[
