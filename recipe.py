@@ -188,12 +188,12 @@ class Budget(BaseModel):
 class Recipe(BaseModel):
     """Everything a user may ask of :func:`tokenmill.optimize`; YAML files have the same fields.
 
-    ``rounding`` is how the stored numbers are chosen: to the nearest (``rtn``), so with INT4 ranges that are
-    clipped where that pays (``clip``), or so that outputs change least (``gptq``, the default where
-    ``calibration`` names a text or ``budget`` a limit).  The last two measure inputs on ``calibration_tokens``
-    of that text, or of the one that comes with tokenmill.  ``rotate`` and ``balance`` change the weights before,
-    exactly, so that less is lost: by an orthogonal map of the residual stream, by factors that inputs and
-    weights share.
+    ``rounding`` is how the stored numbers are chosen: to the nearest (``rtn``), so with INT4 ranges that
+    are clipped where that pays (``clip``), or so that outputs change least (``gptq``, the default where
+    ``calibration`` names a text or ``budget`` a limit).  The last two measure inputs on
+    ``calibration_tokens`` of that text, or of the one that comes with tokenmill.  ``rotate`` and ``balance``
+    change the weights before, exactly, so that less is lost: by an orthogonal map of the residual stream, by
+    factors that inputs and weights share.
 
     ``max_step_tokens`` and ``max_step_rows`` bound what one step carries: the tokens that go in and
     the rows of logits that come out.  Working memory is planned for them.
