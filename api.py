@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ from .report import render
 from .runtime import Artifact, Session
 from .runtime.artifact import PLANS, ArtifactWriter, Target, TensorSpec, check_output
 from .search import Found, search
+from .units import size
 
 
 class Progress(Protocol):
@@ -147,7 +149,7 @@ def optimize(
     sources = {t.name: emit(plans[t.device], t.name) for t in targets}
     say("kernels", 1, 1)
     facts = recorder.facts(program, plans, passes, recipe, [t.name for t in targets])
-    facts["calibration"] = fitted and fitted.facts
+    facts["calibration"] = _fitted(fitted, passes)
     facts["search"] = found and found.facts
     flat = {f"kernels/{t}/{n}": text for t, files in sources.items() for n, text in files.items()}
     if dry_run:
@@ -246,6 +248,14 @@ def _texts(
     return text.split() if recipe.budget is not None else (text, None)
 
 
+def _fitted(text: Text | None, passes: Sequence[Any]) -> dict[str, Any] | None:
+    """The text that weights were fitted to, with what a person should know about it."""
+    if text is None:
+        return None
+    starved = [note for p in passes if isinstance(p, Calibrate) for note in p.starved]
+    return text.facts | {"notes": [*text.notes, *starved]}
+
+
 def _search(
     program: Program, recipe: Recipe, fitted: Text | None, searched: Text, say: Progress
 ) -> Found:
@@ -321,12 +331,29 @@ def _write_weights(
     buffers = [b for plan in plans for b in plan.buffers.values() if b.kind == "weight"]
     index = list(dict.fromkeys(TensorSpec(b.name, b.dtype, b.shape) for b in buffers))
 
+    label = f"weights, in {size(_writing_bytes(program, index))}"
+    say(label, 0, len(index))
+
     def data() -> Any:
         for i, spec in enumerate(index):
             yield spec.name, _bytes(program.weights[spec.name])
-            say("weights", i + 1, len(index))
+            say(label, i + 1, len(index))
 
     writer.weights(index, data())
+
+
+def _writing_bytes(program: Program, index: Sequence[TensorSpec]) -> int:
+    """About how much memory writing takes: what the process has, what is kept, and the largest weight
+    beside two copies in fp32 of a matrix that it is made of.
+    """
+    weights = program.weights
+    sources = {
+        s.name: [weights.like(root).shape[-2:].numel() for root in weights.roots(s.name)]
+        for s in index
+    }
+    largest = max((s.nbytes + 8 * max(sources[s.name]) for s in index), default=0)
+    kept = min(weights.memo_bytes, 4 * sum(map(sum, sources.values())))
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + kept + largest
 
 
 def _bytes(tensor: Tensor) -> Any:

@@ -50,7 +50,7 @@ class Text:
         """What a report says about it."""
         return {
             "source": self.source, "sequences": len(self.sequences), "tokens": self.tokens,
-            "sha256_of_ids": self.digest, "notes": list(self.notes),
+            "sha256_of_ids": self.digest,
         }  # fmt: skip
 
     def split(self) -> tuple[Text, Text]:

@@ -59,11 +59,18 @@ def _complain(error: TokenmillError) -> None:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Progress | None]:
-    """A callback that draws a bar of what is being done; None where nobody would see it."""
+def progress_bar() -> Iterator[Progress]:
+    """A callback that draws a bar of what is being done; in a log, a line for each thing that begins."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield None
+        begun: set[str] = set()
+
+        def log(what: str, done: int, total: int) -> None:
+            if what not in begun:
+                begun.add(what)
+                print(what, file=sys.stderr, flush=True)
+
+        yield log
         return
     columns = (
         progress.TextColumn("{task.description}"),
@@ -94,7 +101,14 @@ def pairs(values: Mapping[str, str]) -> Table:
 def facts_view(facts: Mapping[str, Any]) -> list[RenderableType]:
     """What was, or would be, done to a model: sizes, passes, kernels."""
     searched = search_view(facts["search"]) if facts.get("search") else []
-    return ["", _sizes(facts), *searched, "", _passes(facts), "", _kernels(facts)]
+    fitted = _fitted(facts["calibration"]) if facts.get("calibration") else []
+    return ["", _sizes(facts), *fitted, *searched, "", _passes(facts), "", _kernels(facts)]
+
+
+def _fitted(text: Mapping[str, Any]) -> list[RenderableType]:
+    """What weights were fitted to, and where that was not enough."""
+    warnings = [f"warning: {note}" for note in text["notes"]]
+    return ["", f"fitted to {text['tokens']:,} tokens of {text['source']}", *warnings]
 
 
 def search_view(found: Mapping[str, Any]) -> list[RenderableType]:

@@ -38,6 +38,7 @@ def render(facts: Facts, sources: Mapping[str, str]) -> str:
             _header(facts),
             _tiles(facts),
             *_search(facts.get("search")),
+            *_calibration(facts.get("calibration")),
             *_passes(facts["passes"]),
             *_drawings(facts["layer"]),
             *_formats(facts),
@@ -92,6 +93,18 @@ def _tile(name: str, value: str, note: str, mood: str = "") -> Element:
         el("div", note, class_="note"),
         class_=f"tile {mood}".strip(),
     )
+
+
+def _calibration(text: Facts | None) -> list[Element]:
+    """What weights were fitted to, and where that was not enough."""
+    if text is None:
+        return []
+    return [
+        el("h2", "Calibration"),
+        el("p", f"Weights are fitted to {text['tokens']:,} tokens, in {text['sequences']} sequences, of "
+                f"{text['source']}."),
+        *(el("p", note, class_="bad") for note in text["notes"]),
+    ]  # fmt: skip
 
 
 def _search(found: Facts | None) -> list[Element]:

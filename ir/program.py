@@ -55,6 +55,8 @@ class Weights:
     """
 
     def __init__(self, given: dict[str, Tensor], memo_bytes: int = 1 << 30) -> None:
+        """``memo_bytes`` bound the computed weights that are kept because they may be wanted again."""
+        self.memo_bytes = memo_bytes
         self._given = dict(given)
         self._derived: dict[str, _Derived] = {}
         self._settled: dict[str, Callable[[], Tensor]] = {}
@@ -62,7 +64,6 @@ class Weights:
         self._meta: dict[str, Tensor] = {}
         # By derivation and not by name: copies share results, and may derive one name in different ways.
         self._memo: OrderedDict[_Derived, Tensor] = OrderedDict()
-        self._memo_bytes = memo_bytes
 
     def __contains__(self, name: object) -> bool:
         return name in self._given or name in self._derived
@@ -186,7 +187,7 @@ class Weights:
     def _trim(self, coming: int = 0) -> None:
         """Forget the oldest results until those that stay, with ``coming`` bytes more, fit the memo."""
         kept = sum(t.nbytes for t in self._memo.values()) + coming
-        while kept > self._memo_bytes and len(self._memo) > (not coming):
+        while kept > self.memo_bytes and len(self._memo) > (not coming):
             kept -= self._memo.popitem(last=False)[1].nbytes
 
     def sources(self, name: str) -> tuple[str, ...]:
@@ -201,7 +202,7 @@ class Weights:
         return list(dict.fromkeys(found))
 
     def copy(self) -> Weights:
-        twin = Weights(self._given, self._memo_bytes)
+        twin = Weights(self._given, self.memo_bytes)
         twin._derived, twin._settled = dict(self._derived), dict(self._settled)
         twin._readers, twin._meta, twin._memo = dict(self._readers), self._meta, self._memo
         return twin
