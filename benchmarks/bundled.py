@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import tokenmill
 import torch
+from _markdown import table
 from tokenmill.api import original
 from tokenmill.bench import ReadBandwidth, hardware
 from tokenmill.evaluate import evaluate
@@ -146,14 +147,7 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
         "tokens_per_s": ("tokens/s", "{:.0f}".format),
         "speedup": ("ratio", "{:.1f}x".format),
     }
-    cells = [["weights, cache", *(title for title, _ in columns.values())]]
-    for name, row in rows.items():
-        cells.append([name, *(f(row[k]) if k in row else "" for k, (_, f) in columns.items())])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["-" * width for width in widths])
-    for line in cells:
-        padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        print(f"| {' | '.join(padded)} |")
+    print(table("weights, cache", columns, rows))
 
 
 if __name__ == "__main__":

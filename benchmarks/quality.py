@@ -22,6 +22,7 @@ from typing import Any
 
 import tokenmill
 import torch
+from _markdown import table
 from tokenmill import Recipe
 from tokenmill.api import original
 from tokenmill.bench import hardware
@@ -122,14 +123,7 @@ def show(model: str, rows: dict[str, Any]) -> None:
         "top1_agreement": ("same top-1", "{:.2%}".format),
         "greedy_agreement_mean": ("same greedy tokens of 64", "{:.1f}".format),
     }
-    cells = [[model, *(title for title, _ in columns.values())]]
-    for name, row in rows.items():
-        cells.append([name, *(f(row[k]) for k, (_, f) in columns.items())])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["-" * width for width in widths])
-    for line in cells:
-        padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        print(f"| {' | '.join(padded)} |")
+    print(table(model, columns, rows))
 
 
 if __name__ == "__main__":

@@ -12,40 +12,60 @@ from torch import Tensor
 from ..ir import quant
 from ..ir.quant import Format
 
-# Shares of the range that a group's scale may span: clipping the extremes refines all other values.
+# Shares of its range that a scale may span: clipping the extremes refines all other values.
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+GPTQ_CLIPS = CLIPS[:4]  # fewer: what makes up for errors must not be clipped either
 DAMPING = 0.01  # of the mean diagonal, as published
-_BLOCK = 128
+_BLOCK, _ROWS = 128, 4096
 
 
 def gptq(w: Tensor, hessian: Tensor, fmt: Format) -> dict[str, Tensor]:
     """The parts of ``w`` by GPTQ (Frantar et al. 2022): columns are rounded one after the other, and
     those that are left make up for the error.
 
-    Columns go in the order of their energy (act-order), but scales are chosen per group beforehand, in the
-    stored order: nothing has to be reordered when the weight is read.  The scales clip nothing, since what
-    makes up for errors must not be clipped either: with those of :func:`clip` the bundled model loses 10%
-    more.
+    Columns go in the order of their energy (act-order), but scales are chosen beforehand, in the stored
+    order: nothing has to be reordered when the weight is read.  Rows do not depend on each other, so INT4
+    tries several clips, and each row takes the one that costs its output least.
     """
-    scale = quant.scales(w, fmt)
     order = hessian.diagonal().argsort(descending=True, stable=True)
     factor = _inverse_factor(hessian[order][:, order])
-    divisors = quant.divisors(scale, fmt, w.shape)[:, order]
-    left, snapped = w[:, order], torch.empty_like(w)
-    for start in range(0, w.shape[1], _BLOCK):
-        stop = min(start + _BLOCK, w.shape[1])
-        errors = torch.empty(w.shape[0], stop - start)
-        block, steps = left[:, start:stop].clone(), divisors[:, start:stop]
+    found = [_best_rows(rows, hessian, order, factor, fmt) for rows in w.split(_ROWS)]
+    return {part: torch.cat([parts[part] for parts in found]) for part in fmt.parts}
+
+
+def _best_rows(
+    w: Tensor, hessian: Tensor, order: Tensor, factor: Tensor, fmt: Format
+) -> dict[str, Tensor]:
+    shares = GPTQ_CLIPS if fmt.bits == 4 else (1.0,)
+    full = quant.scales(w, fmt)
+    scale = torch.cat([(full.float() * share).to(full.dtype) for share in shares])
+    tried = w.repeat(len(shares), 1)
+    steps = quant.divisors(scale, fmt, tried.shape)
+    values = torch.empty_like(tried)
+    values[:, order] = _by_columns(tried[:, order], steps[:, order], factor, fmt)
+    if len(shares) > 1:
+        error = values * steps - tried
+        cost = (error @ hessian).mul_(error).sum(1).view(len(shares), -1)
+        best = cost.argmin(0) * len(w) + torch.arange(len(w))
+        values, scale = values[best], scale[best]
+    return {"q": quant.pack(values, fmt), "scale": scale}
+
+
+def _by_columns(left: Tensor, steps: Tensor, factor: Tensor, fmt: Format) -> Tensor:
+    """Numbers in units of ``steps`` for the columns of ``left``, which is used up."""
+    values = torch.empty_like(left)
+    for start in range(0, left.shape[1], _BLOCK):
+        stop = min(start + _BLOCK, left.shape[1])
+        errors = torch.empty(len(left), stop - start)
+        block = left[:, start:stop].clone()
         for i in range(stop - start):
-            row = factor[start + i, start:stop]
-            value = quant.snap(block[:, i] / steps[:, i], fmt)
-            snapped[:, start + i] = value
-            errors[:, i] = (block[:, i] - value * steps[:, i]) / row[i]
+            row, step = factor[start + i, start:stop], steps[:, start + i]
+            value = quant.snap(block[:, i] / step, fmt)
+            values[:, start + i] = value
+            errors[:, i] = (block[:, i] - value * step) / row[i]
             block[:, i + 1 :].addr_(errors[:, i], row[i + 1 :], alpha=-1)
         left[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
-    stored = torch.empty_like(snapped)
-    stored[:, order] = snapped
-    return {"q": quant.pack(stored, fmt), "scale": scale}
+    return values
 
 
 def clip(w: Tensor, energy: Tensor, fmt: Format) -> dict[str, Tensor]:

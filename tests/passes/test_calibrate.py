@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from tokenmill.errors import Unsupported
-from tokenmill.ir.program import Program
+from tokenmill.ir import quant
+from tokenmill.ir.program import Program, Runner
 from tokenmill.passes import calibrate as module
 from tokenmill.passes.calibrate import Calibrate, find_sites, peak_bytes
 from tokenmill.passes.fuse_dequantize import FuseDequantize
@@ -75,7 +76,6 @@ def test_what_was_walked_is_what_the_program_computes() -> None:
             super()._linear(program, walk, node, weights)
 
     Watch(text).run(program)
-    from tokenmill.ir.program import Runner
 
     class Check(Runner):
         def run_node(self, n):  # type: ignore[no-untyped-def]
@@ -212,3 +212,17 @@ def _held(values: dict[Any, list[Any]]) -> int:
         for t in (v if isinstance(v, tuple) else (v,)) if isinstance(t, Tensor)
     ]  # fmt: skip
     return sum(t.nbytes for t in tensors)
+
+
+def test_parts_that_came_with_the_checkpoint_stay() -> None:
+    program = decoder()
+    apply(program, FuseLinear(), exact=False)
+    name, fmt = "layers.1.mlp.down_proj.weight", quant.parse("int4-g128")
+    given = quant.quantize(program.weights[name], fmt)
+    for part, value in given.items():
+        program.weights.add(f"{name}.{fmt.name}.{part}", value)
+    apply(program, Quantize(INT4), exact=False)
+    calibrate = Calibrate(_text())
+    apply(program, calibrate, exact=False)
+    assert name not in calibrate.rounded
+    assert torch.equal(program.weights[f"{name}.{fmt.name}.q"], given["q"])

@@ -70,11 +70,25 @@ def test_parts_are_laid_out_like_any_others(
 
 @pytest.mark.parametrize("name", ROUNDED)
 def test_without_correlations_the_nearest_is_best(name: str) -> None:
+    """INT4 may clip; the numbers are the nearest with the scales that it takes."""
     fmt = quant.parse(name)
     w, _ = _problem(7, 130, 1)
-    parts, plain = gptq(w, torch.eye(130), fmt), quant.quantize(w, fmt)
-    for part in parts:
-        assert torch.equal(parts[part].float(), plain[part].float())
+    parts = gptq(w, torch.eye(130), fmt)
+    steps = quant.divisors(parts["scale"], fmt, w.shape)
+    nearest = quant.pack(quant.snap(w / steps, fmt), fmt)
+    assert torch.equal(parts["q"].float(), nearest.float())
+    if fmt.bits > 4:
+        assert torch.equal(parts["scale"], quant.scales(w, fmt))
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_many_rows_are_rounded_as_few_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fmt = quant.parse(name)
+    w, x = _problem(300, 70, 200)
+    whole = gptq(w, x.T @ x, fmt)
+    monkeypatch.setattr("tokenmill.passes.rounding._ROWS", 128)
+    for part, value in gptq(w, x.T @ x, fmt).items():
+        assert (value.float() != whole[part].float()).float().mean() < 0.01  # sums in another order
 
 
 def test_zeros_stay_zero() -> None:
