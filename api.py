@@ -124,7 +124,7 @@ def optimize(
     say("capture", 1, 1)
 
     found = None
-    if searched is not None:
+    if fitted is not None and searched is not None:
         found = _search(program, recipe, fitted, searched, say)
         recipe = found.recipe
     fit = Fit()
@@ -256,11 +256,9 @@ def _fitted(text: Text | None, passes: Sequence[Any]) -> dict[str, Any] | None:
     return text.facts | {"notes": [*text.notes, *starved]}
 
 
-def _search(
-    program: Program, recipe: Recipe, fitted: Text | None, searched: Text, say: Progress
-) -> Found:
+def _search(program: Program, recipe: Recipe, fitted: Text, searched: Text, say: Progress) -> Found:
     """Formats within the recipe's budget; what comes out is rounded as the artifact will be."""
-    fit = Fit(fitted.sequences if fitted else ())
+    fit = Fit(fitted.sequences)
 
     def calibrate(quantized: Program) -> None:
         Calibrate(fit.text, recipe.rounding).run(quantized)  # type: ignore[arg-type]

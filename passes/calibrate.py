@@ -328,8 +328,8 @@ class Walk:
     def skip_to(self, name: str, state: dict[str, list[Any]]) -> Iterator[fx.Node]:
         """Go on at the node ``name`` with a state of then; yields the nodes that are skipped."""
         while (node := self.nodes[self._next]).name != name:
-            if node.op == "placeholder":
-                self.values[node] = self._execute(node)
+            if node.op == "placeholder" and node not in self.values:
+                self._place_inputs()
             elif node.name in state:
                 self.values[node] = state[node.name]
             self._next += 1
@@ -354,7 +354,8 @@ class Walk:
 
     def _execute(self, node: fx.Node) -> list[Any]:
         if node.op == "placeholder":
-            return self._inputs(node.target)
+            self._place_inputs()
+            return self.values[node]
         weights = {n: self.weight(n) for n in node.all_input_nodes if _reads_weight(n)}
         results = []
         for i in range(len(self.text)):
@@ -365,11 +366,15 @@ class Walk:
             results.append(node.target(*args, **kwargs))
         return results
 
-    def _inputs(self, name: str) -> list[Any]:
-        return [
-            self.program.inputs(ids, kv.single_sequence(len(ids)), torch.arange(len(ids)))[name]
+    def _place_inputs(self) -> None:
+        """The values of all placeholders, which come before any other node."""
+        each = [
+            self.program.inputs(ids, kv.single_sequence(len(ids)), torch.arange(len(ids)))
             for ids in self.text
         ]
+        for node in self.nodes:
+            if node.op == "placeholder":
+                self.values[node] = [inputs[node.target] for inputs in each]
 
 
 def _reads_weight(node: fx.Node) -> bool:
