@@ -41,5 +41,5 @@ $(installed): pyproject.toml
 	  { echo 'tokenmill needs Python 3.11 or newer: make PYTHON=python3.12 ...' >&2; exit 1; }
 	test -x $(bin)/python || $(PYTHON) -m venv $(VENV)
 	$(bin)/python -m pip install $(TORCH_FLAGS) '$(TORCH)' || $(bin)/python -m pip install 'torch>=2.11'
-	$(bin)/python -m pip install -e '.[hf,dev]'
+	$(bin)/python -m pip install -e '.[hf,onnx,dev]'
 	touch $@

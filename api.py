@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +21,23 @@ from .capture.checkpoint import Checkpoint, Streamed, open_checkpoint
 from .capture.huggingface import capture_pretrained
 from .capture.module import capture
 from .codegen import build, emit, parse_target, toolchain
-from .errors import BadRequest, BadWeight
-from .facts import Recorder
+from .codegen.custom import unknown
+from .errors import (
+    ArtifactDamaged,
+    ArtifactTooOld,
+    BadRequest,
+    BadWeight,
+    ExtensionMissing,
+    LossTooHigh,
+)
+from .export import parameters
+from .facts import Recorder, emitted
+from .ir import serialize, stored
 from .ir.plan import Capacity, Device, Plan, dump
 from .ir.plan import load as load_plan
 from .ir.program import Program
 from .passes.calibrate import Calibrate
+from .passes.latent_kv import LatentKV
 from .passes.lower import lower
 from .passes.memory import memory
 from .passes.narrow import narrow
@@ -39,12 +51,15 @@ from .passes.pipeline import (
 )
 from .passes.quantize import Quantize, check_stored
 from .passes.workspace import Workspace
-from .recipe import Recipe
+from .recipe import Recipe, load_module
 from .report import render
 from .runtime import Artifact, Session
-from .runtime.artifact import PLANS, ArtifactWriter, Target, TensorSpec, check_output
+from .runtime.artifact import PLANS, PROGRAM, ArtifactWriter, Target, TensorSpec, check_output
+from .runtime.tensors import Tensor as MappedTensor
 from .search import Found, search
 from .units import size
+
+HEALING_TOKENS = 1 << 20  # at most, of the text that weights are trained on
 
 
 class Progress(Protocol):
@@ -77,6 +92,7 @@ def optimize(
     recipe: Recipe | None = None,
     check: bool = False,
     dry_run: bool = False,
+    config_only: bool = False,
     force: bool = False,
     example_ids: Tensor | None = None,
     max_positions: int | None = None,
@@ -89,7 +105,8 @@ def optimize(
     ``model`` is a Hugging Face directory or hub id, or a module that maps ids ``[1, T]`` to logits
     ``[1, T, V]``; for a module, ``max_positions`` bounds a sequence's length (default 2048).  With
     ``check`` the model is executed before and after every pass; with ``dry_run`` nothing is built or
-    written.  ``calibration_ids``, sequences of token ids ``[T]``, stand for the recipe's calibration text.
+    written; with ``config_only`` too, a directory's config.json is enough, and no weights are looked for.
+    ``calibration_ids``, sequences of token ids ``[T]``, stand for the recipe's calibration text.
 
     Fitting weights to a text takes long for a large model: what is finished is kept in ``OUTPUT.work`` until
     all is, and the same call goes on from there.  Raises a TokenmillError for bad input, before anything is
@@ -103,13 +120,18 @@ def optimize(
     if output is not None and not dry_run:
         check_output(output, force)
         tools = {t.name: toolchain(t) for t in targets}  # none is missing, before the work
+    if config_only:
+        _refuse_numbers(model, recipe, check, dry_run)
     say = progress or (lambda what, done, total: None)
 
     say("capture", 0, 1)
     checkpoint = None
     if not isinstance(model, nn.Module):
-        checkpoint = open_checkpoint(os.fspath(model), trust_remote_code)
-    fitted, searched = _texts(recipe, checkpoint, calibration_ids)
+        checkpoint = open_checkpoint(os.fspath(model), trust_remote_code, config_only)
+    fitted, searched, healing = None, None, None
+    if not config_only:
+        fitted, searched = _texts(recipe, checkpoint, calibration_ids)
+        healing = _healing_text(recipe, checkpoint, calibration_ids)
     expected = eager_samples(_eager(model, checkpoint)) if check else []
     start = time.perf_counter()
     streamed = checkpoint.stream() if checkpoint else Streamed(model)
@@ -123,20 +145,33 @@ def optimize(
     recorder.passes.append(captured)
     say("capture", 1, 1)
 
-    found = None
-    if fitted is not None and searched is not None:
-        found = _search(program, recipe, fitted, searched, say)
-        recipe = found.recipe
     fit = Fit()
-    if fitted is not None and not dry_run:
-        fit = Fit(fitted.sequences, _workspace(output, recipe, checkpoint, fitted), say)
+    if not dry_run:
+        fit = _fit(output, recipe, checkpoint, fitted, healing, say)
     passes = pipeline(recipe, fit)
 
     def observe(program: Program, result: Any) -> None:
-        recorder.after_pass(program, result)
+        done = len(recorder.passes)  # the capture is one of them
+        last = done == len(passes) or passes[done].produces is not None
+        recorder.after_pass(program, result, last)
         say("passes", len(recorder.passes), 1 + len(passes))
 
-    run_passes(program, passes, check=check, observe=observe)
+    # What changes the model itself comes before the search for formats, which is for the model as it is then.
+    converting = next((p for p in passes if isinstance(p, LatentKV)), None)
+    after = converting.name if converting else None
+    done = 1 + passes.index(converting) if converting else 0
+    try:
+        run_passes(program, passes[:done], check=check, observe=observe)
+    except LossTooHigh:  # the same call would end there again
+        if fit.workspace is not None:
+            fit.workspace.remove()
+        raise
+    found = None
+    if fitted is not None and searched is not None:
+        found = _search(program, _left(recipe, converting), fitted, searched, say, after)
+        recipe = found.recipe
+        passes = passes[:done] + pipeline(recipe, fit, after)
+    run_passes(program, passes[done:], check=check, observe=observe)
     for quantize in (p for p in passes if isinstance(p, Quantize)):
         check_stored(program, quantize.decisions)
     capacity = Capacity(recipe.max_step_tokens, recipe.max_step_rows)
@@ -149,8 +184,13 @@ def optimize(
     sources = {t.name: emit(plans[t.device], t.name) for t in targets}
     say("kernels", 1, 1)
     facts = recorder.facts(program, plans, passes, recipe, [t.name for t in targets])
+    facts["emitted"] = {t.name: emitted(plans[t.device], sources[t.name]) for t in targets}
     facts["calibration"] = _fitted(fitted, passes)
     facts["search"] = found and found.facts
+    facts["kv_compress"] = None
+    if converting:
+        plan = next(iter(plans.values()))
+        facts["kv_compress"] = recorder.converted(converting.facts, facts, plan, recipe)
     flat = {f"kernels/{t}/{n}": text for t, files in sources.items() for n, text in files.items()}
     if dry_run:
         return Compiled(plans, facts, flat, recorder.graphs, recipe)
@@ -168,11 +208,16 @@ def optimize(
             writer.text(name, text)
         for device, plan in plans.items():
             writer.json(PLANS[device], dump(plan))
+        writer.json(PROGRAM, serialize.dump(program))
         _write_weights(writer, program, plans.values(), say)
         for stage, text in recorder.graphs.items():
             writer.text(f"graphs/{stage}.txt", text)
         for file in checkpoint.tokenizer_files if checkpoint else []:
             writer.copy(f"tokenizer/{file.name}", file)
+        for file in checkpoint.config_files if checkpoint else []:
+            writer.copy(f"source/{file.name}", file)
+        if streamed.sources:
+            writer.json(parameters.FILE, parameters.describe(program, streamed.sources))
         writer.text("report.html", render(_timeless(facts), flat))
         writer.describe(
             targets=[
@@ -193,13 +238,43 @@ def load(path: str | os.PathLike[str], **options: Any) -> Session:
     return Session(path, **options)
 
 
-def verify(path: str | os.PathLike[str]) -> dict[str, Any]:
+def open_program(path: str | os.PathLike[str], verify: bool = True) -> Program:
+    """The program that an artifact was compiled from, after all passes, over the artifact's weights.
+
+    Nothing of them is read before it is asked for; what kernels read in an order of their own is brought
+    back into that of :mod:`.ir.quant`, so the numbers are those of the compile, bit for bit.  Raises what
+    Artifact.open raises, ArtifactTooOld if the artifact holds no program, ArtifactDamaged if the program is
+    not that of its weights.
+    """
+    artifact = Artifact.open(path, verify)
+    if artifact.file(PROGRAM) is None:
+        raise ArtifactTooOld(
+            path=str(path), built_by=artifact.manifest.tokenmill, missing="their program"
+        )
+    tensors = {name: _mapped(tensor) for name, tensor in artifact.weights().items()}
+    try:
+        return stored.load(artifact.json(PROGRAM), tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        file = str(artifact.path / PROGRAM)
+        raise ArtifactDamaged(file=file, reason=f"malformed: {error}") from error
+
+
+def verify(path: str | os.PathLike[str], extensions: Sequence[str] = ()) -> dict[str, Any]:
     """Check every hash, and that the kernels are what the plan emits; raises ArtifactDamaged otherwise.
 
+    ``extensions`` are modules with the kernels and formats of the user's own that the artifact uses; only
+    these are imported, never those that the artifact itself names.  Raises ExtensionMissing without them.
     ``reproducible`` is False if this version of tokenmill emits other text than the one that built it.
     """
     artifact = Artifact.open(path)
-    plans = {d: load_plan(artifact.json(PLANS[d])) for d in {t.device for t in artifact.targets}}
+    for name in extensions:
+        load_module(name, "extension")
+    stored_plans = {d: artifact.json(PLANS[d]) for d in {t.device for t in artifact.targets}}
+    if missing := [what for plan in stored_plans.values() for what in unknown(plan)]:
+        names = ", ".join(artifact.manifest.recipe.get("extensions", ()))
+        recorded = f" (its recipe says: {names})" if names else ""
+        raise ExtensionMissing(what=missing[0], recorded=recorded)
+    plans = {d: load_plan(plan) for d, plan in stored_plans.items()}
     differing: list[str] = []
     for target in artifact.targets:
         for name, text in emit(plans[target.device], target.name).items():
@@ -224,6 +299,24 @@ def original(model: str | os.PathLike[str], trust_remote_code: bool = False) -> 
 # --- steps ------------------------------------------------------------------------------------------
 
 
+def _refuse_numbers(model: Any, recipe: Recipe, check: bool, dry_run: bool) -> None:
+    """Raise BadRequest for what a config alone cannot give."""
+    wanted = {
+        "a module brings its weights along": isinstance(model, nn.Module),
+        "an artifact needs weights, and config_only has none": not dry_run,
+        "checking runs the model, and config_only has no weights": check,
+        "a search within a budget runs the model, and config_only has no weights": (
+            recipe.budget is not None
+        ),
+    }
+    for reason, asked in wanted.items():
+        if asked:
+            raise BadRequest(
+                reason=reason,
+                advice="with config_only pass dry_run, a directory, and neither check nor budget",
+            )
+
+
 def _eager(model: Any, checkpoint: Checkpoint | None) -> nn.Module:
     return checkpoint.load() if checkpoint else model
 
@@ -235,17 +328,62 @@ def _texts(
     if recipe.rounding == "rtn" and not recipe.balance and recipe.budget is None:
         return None, None
     tokens = recipe.calibration_tokens * (1 if recipe.budget is None else 2)
+    text = _text(recipe, checkpoint, ids, tokens)
+    return text.split() if recipe.budget is not None else (text, None)
+
+
+def _healing_text(
+    recipe: Recipe, checkpoint: Checkpoint | None, ids: Sequence[Tensor] | None
+) -> Text | None:
+    """All of the text, for weights that are trained on it."""
+    if recipe.kv_compress is None:
+        return None
+    text = _text(recipe, checkpoint, ids, HEALING_TOKENS)
+    if len(text.hold_out()[1]) < 2:
+        raise BadRequest(
+            reason=f"{text.source} makes {len(text.sequences)} sequences, too few to measure a conversion on",
+            advice="pass four sequences or more of the kind of text that the model will see, better "
+            "50,000 tokens",
+        )
+    return text
+
+
+def _text(
+    recipe: Recipe, checkpoint: Checkpoint | None, ids: Sequence[Tensor] | None, tokens: int
+) -> Text:
     if ids is not None:
-        text = Text([s.reshape(-1).long() for s in ids])
-    elif checkpoint is not None:
-        positions = checkpoint.config.get("max_position_embeddings", LENGTH)
-        text = read_calibration(recipe.calibration, checkpoint.path, tokens, positions)
-    else:
+        return Text([s.reshape(-1).long() for s in ids])
+    if checkpoint is None:
         raise BadRequest(
             reason="a module comes without a tokenizer, which calibration needs",
             advice="pass calibration_ids, token ids of text like what the model will see",
         )
-    return text.split() if recipe.budget is not None else (text, None)
+    positions = checkpoint.config.get("max_position_embeddings", LENGTH)
+    return read_calibration(recipe.calibration, checkpoint.path, tokens, positions)
+
+
+def _fit(
+    output: str | os.PathLike[str] | None,
+    recipe: Recipe,
+    checkpoint: Checkpoint | None,
+    fitted: Text | None,
+    healing: Text | None,
+    say: Progress,
+) -> Fit:
+    text = fitted or healing
+    if text is None:
+        return Fit()
+    workspace = _workspace(output, recipe, checkpoint, text)
+    trained, held = healing.hold_out() if healing else ([], [])
+    return Fit(fitted.sequences if fitted else (), trained, held, workspace, say)
+
+
+def _left(recipe: Recipe, converting: LatentKV | None) -> Recipe:
+    """With what a conversion has lost taken from the budget."""
+    if converting is None or recipe.budget is None or recipe.budget.nats is None:
+        return recipe
+    left = recipe.budget.less(converting.loss.guarded)
+    return recipe.model_copy(update={"budget": left})
 
 
 def _fitted(text: Text | None, passes: Sequence[Any]) -> dict[str, Any] | None:
@@ -256,7 +394,14 @@ def _fitted(text: Text | None, passes: Sequence[Any]) -> dict[str, Any] | None:
     return text.facts | {"notes": [*text.notes, *starved]}
 
 
-def _search(program: Program, recipe: Recipe, fitted: Text, searched: Text, say: Progress) -> Found:
+def _search(
+    program: Program,
+    recipe: Recipe,
+    fitted: Text,
+    searched: Text,
+    say: Progress,
+    after: str | None,
+) -> Found:
     """Formats within the recipe's budget; what comes out is rounded as the artifact will be."""
     fit = Fit(fitted.sequences)
 
@@ -264,7 +409,7 @@ def _search(program: Program, recipe: Recipe, fitted: Text, searched: Text, say:
         Calibrate(fit.text, recipe.rounding).run(quantized)  # type: ignore[arg-type]
 
     return search(
-        lambda wanted: before_quantization(program, wanted, fit),
+        lambda wanted: before_quantization(program, wanted, fit, after),
         recipe,
         searched.sequences,
         say,
@@ -352,6 +497,13 @@ def _writing_bytes(program: Program, index: Sequence[TensorSpec]) -> int:
     largest = max((s.nbytes + 8 * max(sources[s.name]) for s in index), default=0)
     kept = min(weights.memo_bytes, 4 * sum(map(sum, sources.values())))
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + kept + largest
+
+
+def _mapped(tensor: MappedTensor) -> Tensor:
+    """A stored tensor, still on disk."""
+    with warnings.catch_warnings():  # it is read-only, which torch dislikes
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(tensor.array).view(serialize.TORCH_DTYPES[tensor.dtype])
 
 
 def _bytes(tensor: Tensor) -> Any:

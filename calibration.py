@@ -59,6 +59,13 @@ class Text:
         first, second = (Text(half, self.source, self.notes) for half in halves)
         return first, second
 
+    def hold_out(self, every: int = 16, most: int = 24) -> tuple[list[Tensor], list[Tensor]]:
+        """Sequences to learn from, and others here and there to judge by: two at the least, if there are."""
+        every = max(2, min(every, len(self.sequences) // 2))
+        held = set(range(every - 1, len(self.sequences), every)[:most])
+        numbered = list(enumerate(self.sequences))
+        return [s for i, s in numbered if i not in held], [s for i, s in numbered if i in held]
+
 
 def read(source: str | None, model: Path, tokens: int, positions: int) -> Text:
     """Up to ``tokens`` tokens of the file ``source`` (None: the text that comes with tokenmill), in

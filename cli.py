@@ -1,4 +1,4 @@
-"""The command line: ``tokenmill optimize | run | eval | bench | inspect | verify | doctor``.
+"""The command line: ``tokenmill optimize | run | eval | bench | inspect | export | verify | doctor``.
 
 A command prints for people, or with ``--json`` exactly one JSON object, on standard output;
 progress, logs and errors go to standard error.  Exit status: 0 done, 1 a defect of tokenmill (or of
@@ -40,6 +40,10 @@ Dir = Annotated[Path, typer.Argument(metavar="DIR", help="An artifact that `opti
 Device = Annotated[
     Literal["auto", "cpu", "cuda"],
     typer.Option(help="Where it runs; auto: on a GPU if there is one that it was compiled for."),
+]
+ConfigOnly = Annotated[
+    bool,
+    typer.Option("--config-only", help="A config.json is enough: no weights are looked for."),
 ]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
@@ -111,6 +115,17 @@ def optimize(
             "--balance", help="Scale channels by their activations before rounding (AWQ)."
         ),
     ] = False,
+    kv_compress: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE|RANK",
+            help="Make attention latent: 50% saves half of the cache; or a rank; or auto, with --max-loss.",
+        ),
+    ] = None,
+    heal_minutes: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Train the weights of --kv-compress for so long. Default: 10."),
+    ] = None,
     max_loss: Annotated[
         str | None,
         typer.Option(
@@ -144,6 +159,7 @@ def optimize(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")
     ] = False,
+    config_only: ConfigOnly = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace the artifact at DIR if there is one.")
     ] = False,
@@ -156,13 +172,22 @@ def optimize(
     get four bits, and what loses most (the router, W_UK and W_UV, norms, embeddings) stays high.
     """
     with answering(as_json) as answer:
+        if config_only and not dry_run:
+            raise BadRequest(
+                reason="an artifact needs weights, and --config-only looks for none",
+                advice="add --dry-run, or leave out --config-only",
+            )
         if output is None and not dry_run:
             raise BadRequest(reason="no output directory", advice="pass -o DIR, or --dry-run")
         budget = _given(
             max_loss=max_loss, memory=memory_budget, context=context, objective=objective
         )
+        compress = _given(heal_minutes=heal_minutes)
+        if kv_compress is not None:
+            rank = int(kv_compress) if kv_compress.isdigit() else None
+            compress |= {"rank": rank, "save": kv_compress if rank is None else None}
         wanted = _recipe(
-            recipe, budget, weights=weights, kv=kv, targets=target, rounding=rounding,
+            recipe, budget, compress, weights=weights, kv=kv, targets=target, rounding=rounding,
             calibration=calibration, rotate=rotate or None, balance=balance or None,
         )  # fmt: skip
         from . import api
@@ -174,6 +199,7 @@ def optimize(
                 recipe=wanted,
                 check=check,
                 dry_run=dry_run,
+                config_only=config_only,
                 force=force,
                 trust_remote_code=trust_remote_code,
                 progress=progress,
@@ -347,6 +373,7 @@ def inspect(
         str | None, typer.Option(metavar="STAGE", help="Print the graph at this stage.")
     ] = None,
     kernels: Annotated[bool, typer.Option("--kernels", help="Print the kernels' sources.")] = False,
+    config_only: ConfigOnly = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -357,7 +384,7 @@ def inspect(
     """
     with answering(as_json) as answer:
         with progress_bar() as progress:
-            found = _look_into(subject, trust_remote_code, progress)
+            found = _look_into(subject, trust_remote_code, progress, config_only)
         answer.data = _public(found.facts)
         answer.shown = facts_view(found.facts)
         if graph is not None:
@@ -372,7 +399,68 @@ def inspect(
 
 
 @app.command()
-def verify(directory: Dir, as_json: Json = False) -> None:
+def export(
+    directory: Dir,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT", help="Where the export goes.")
+    ],
+    format: Annotated[
+        Literal["onnx", "hf"],
+        typer.Option(help="onnx: for onnxruntime; hf: a checkpoint for transformers and others."),
+    ],
+    provider: Annotated[
+        Literal["cpu", "cuda"], typer.Option(help="Of onnxruntime: what the model is for.")
+    ] = "cpu",
+    activations: Annotated[
+        Literal["int8", "fp32"],
+        typer.Option(
+            help="What ONNX kernels on a CPU may round the inputs of INT4 and INT8 weights to."
+        ),
+    ] = "int8",
+    int8_inputs: Annotated[
+        bool,
+        typer.Option(
+            "--int8-inputs",
+            help="In a checkpoint: engines are to round the inputs of INT8 matrices to INT8 (W8A8).",
+        ),
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the export at OUT if there is one.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the model of the artifact DIR in a format of others.
+
+    The result is run and compared with the artifact before it takes its place; OUT/export.json says what was
+    measured, and the hash of every file.
+    """
+    with answering(as_json) as answer, progress_bar() as progress:
+        if format == "onnx":
+            from .export import onnx
+
+            answer.data = onnx.export(
+                directory, output, force=force, provider=provider, activations=activations,
+                progress=progress,
+            )  # fmt: skip
+        else:
+            from .export import huggingface
+
+            answer.data = huggingface.export(
+                directory, output, force=force, int8_inputs=int8_inputs, progress=progress
+            )
+        size = sum(file["bytes"] for file in answer.data["files"].values())
+        answer.shown = [*answer.data["notes"], f"wrote {output}, {size:,} bytes (see export.json)"]
+
+
+@app.command()
+def verify(
+    directory: Dir,
+    extension: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODULE", help="Import it for kernels of your own; repeatable."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Prove that the artifact DIR is whole and that its kernels come from its plan.
 
     Every file is compared with its hash, and every kernel is emitted again and compared.  The exit
@@ -381,7 +469,7 @@ def verify(directory: Dir, as_json: Json = False) -> None:
     with answering(as_json) as answer:
         from . import api
 
-        found = api.verify(directory)
+        found = api.verify(directory, extension or ())
         answer.data = found
         answer.shown = [pairs({name: str(value) for name, value in found.items()})]
     if not found["reproducible"]:
@@ -401,13 +489,17 @@ def doctor(as_json: Json = False) -> None:
 # --- helpers --------------------------------------------------------------------------------------
 
 
-def _recipe(file: Path | None, budget: Mapping[str, Any], **options: Any) -> Recipe:
+def _recipe(
+    file: Path | None, budget: Mapping[str, Any], compress: Mapping[str, Any], **options: Any
+) -> Recipe:
     """The recipe of a file, with the options that were given in its place."""
     from .recipe import Recipe
 
     base = Recipe.load(file).model_dump(mode="json", exclude_unset=True) if file else {}
     if budget:
         options["budget"] = {**(base.get("budget") or {}), **budget}
+    if compress:
+        options["kv_compress"] = {**(base.get("kv_compress") or {}), **compress}
     return Recipe.model_validate(base | _given(**options))
 
 
@@ -425,7 +517,9 @@ class _Subject:
     sources: Mapping[str, str]
 
 
-def _look_into(subject: str, trust_remote_code: bool, progress: Progress | None) -> _Subject:
+def _look_into(
+    subject: str, trust_remote_code: bool, progress: Progress | None, config_only: bool = False
+) -> _Subject:
     from .runtime import Artifact
 
     if (Path(subject) / "manifest.json").exists():
@@ -433,7 +527,11 @@ def _look_into(subject: str, trust_remote_code: bool, progress: Progress | None)
     from . import api
 
     compiled = api.optimize(
-        subject, dry_run=True, trust_remote_code=trust_remote_code, progress=progress
+        subject,
+        dry_run=True,
+        config_only=config_only,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
     )
     return _Subject(compiled.facts, compiled.graphs, compiled.sources)
 

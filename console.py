@@ -102,7 +102,33 @@ def facts_view(facts: Mapping[str, Any]) -> list[RenderableType]:
     """What was, or would be, done to a model: sizes, passes, kernels."""
     searched = search_view(facts["search"]) if facts.get("search") else []
     fitted = _fitted(facts["calibration"]) if facts.get("calibration") else []
-    return ["", _sizes(facts), *fitted, *searched, "", _passes(facts), "", _kernels(facts)]
+    compressed = _compressed(facts["kv_compress"]) if facts.get("kv_compress") else []
+    return [
+        "",
+        _sizes(facts),
+        *compressed,
+        *fitted,
+        *searched,
+        "",
+        _passes(facts),
+        "",
+        _kernels(facts),
+    ]
+
+
+def _compressed(found: Mapping[str, Any]) -> list[RenderableType]:
+    """What latent attention saves, and the loss after each step."""
+    before, after = found["bytes_before"], found["bytes_after"]
+    saved = f"KV compression: {size(before)} -> {size(after)} per token ({ratio(before, after)} smaller)"
+    lost = [
+        f"{s['step']} {s['perplexity_increase_percent']:+.2f}% (KL {s['kl']:.2g})"
+        for s in found.get("steps", ())
+    ]
+    return [
+        "",
+        saved,
+        "  perplexity after each step: " + ", ".join(lost) if lost else "  not measured",
+    ]
 
 
 def _fitted(text: Mapping[str, Any]) -> list[RenderableType]:
@@ -134,12 +160,32 @@ def _sizes(facts: Mapping[str, Any]) -> Table:
         "model": f"{model['name']}: {model['layers']} layers, {model['positions']} positions",
         "parameters": f"{amount(parameters['total'])}, {amount(parameters['active'])} active",
         "weights": f"{size(original)} -> {size(stored)} ({ratio(original, stored)} smaller)",
-        "formats": ", ".join(f"{name} {share:.1%}" for name, share in shares),
+        "formats": ", ".join(f"{name} {share:.1%}{_stored(facts, name)}" for name, share in shares),
         "quantized": _quantized(facts.get("quantized")),
         "KV per token": f"{size(cached)} ({size(expanded)} with full keys and values)",
         "peak memory": size(facts["peak_memory_bytes"]),
+        **_cards(facts.get("memory")),
         "targets": ", ".join(facts["targets"]),
     })  # fmt: skip
+
+
+def _stored(facts: Mapping[str, Any], format: str) -> str:
+    stored = facts.get("bytes_by_format", {}).get(format)
+    return "" if stored is None else f" ({size(stored)})"
+
+
+def _cards(found: Mapping[str, Any] | None) -> dict[str, str]:
+    """How many cards of a size hold weights and cache, and for how long a sequence."""
+    if found is None or not found["cards"]:
+        return {}
+    lines = [
+        f"{c['cards']} x {size(c['card_bytes'])}: {size(c['weight_bytes_per_card'])} of weights on each, "
+        f"cache for {c['tokens']:,} tokens, sequences of {c['context']:,}"
+        for c in found["cards"]
+    ]
+    if any(c["cards"] > 1 for c in found["cards"]):
+        lines.append("(more than one: an even split, which an artifact does not run as yet)")
+    return {"fits in": "\n".join(lines)}
 
 
 def _quantized(found: Mapping[str, Any] | None) -> str:
@@ -169,6 +215,11 @@ def _passes(facts: Mapping[str, Any]) -> Table:
 def _kernels(facts: Mapping[str, Any]) -> str:
     externs = facts["extern_steps"]
     lines = [f"{len(facts['kernels'])} kernels, {len(externs)} steps left to torch"]
+    lines += [
+        f"  for {target}: {found.get('binaries', found['kernels'])} "
+        f"{'binaries' if 'binaries' in found else 'kernels'}, {size(found['bytes'])} of source"
+        for target, found in facts.get("emitted", {}).items()
+    ]
     return "\n".join(lines + [f"  {step['op']} at {step['where']}" for step in externs])
 
 

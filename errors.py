@@ -60,6 +60,11 @@ class WeightsMissing(TokenmillError):
     )
 
 
+class NumbersMissing(TokenmillError):
+    what = "the numbers of {name!r} are needed, and there is only a config"
+    remedy = "leave out what looks at weights, or compile the checkpoint, without --config-only"
+
+
 class WeightsDamaged(TokenmillError):
     what = "{file}: {reason}"
     remedy = "the file is truncated or altered: download it again"
@@ -109,6 +114,11 @@ class BudgetTooSmall(TokenmillError):
     remedy = "{advice}"
 
 
+class LossTooHigh(TokenmillError):
+    what = "the model would lose {loss}, more than the {limit} that may be lost"
+    remedy = "{advice}"
+
+
 class IllegalProgram(TokenmillError):
     what = "after pass {pass_name!r}: {reason}\n  node: {node}"
     remedy = "this is a defect of the pass: run with --check and report what it prints"
@@ -120,6 +130,16 @@ class WrongRewrite(TokenmillError):
         "{tolerance:.3g}, first at node {node}"
     )
     remedy = "leave this pass out (recipe: disable) and report the model's configuration"
+
+
+class BadPattern(TokenmillError):
+    what = "pattern {name!r}: {reason}\n  where: {where}"
+    remedy = "mend its find, put or example; examples/extend/my_pattern.py is one that works"
+
+
+class BadExtension(TokenmillError):
+    what = "extension {name!r}: {reason}"
+    remedy = "{advice}"
 
 
 class WrongFormat(TokenmillError):
@@ -170,6 +190,11 @@ class OutputForeign(TokenmillError):
     remedy = "choose another directory, or remove that one yourself"
 
 
+class ExportDiffers(TokenmillError):
+    what = "the export of {path!r} is not what the artifact is: {reason}"
+    remedy = "this is a defect of the export: report it with the recipe; nothing was written"
+
+
 class OutputFailed(TokenmillError):
     what = "could not write {path!r}: {reason}"
     remedy = "free space or choose another place; nothing was left behind"
@@ -191,6 +216,16 @@ class ArtifactDamaged(TokenmillError):
 class ArtifactTooNew(TokenmillError):
     what = "artifact format {found} is newer than this tokenmill understands ({known})"
     remedy = "pip install -U tokenmill"
+
+
+class ArtifactTooOld(TokenmillError):
+    what = "{path!r} was built by tokenmill {built_by}, whose artifacts did not hold {missing} yet"
+    remedy = "compile the model again: tokenmill optimize MODEL -o DIR"
+
+
+class ExtensionMissing(TokenmillError):
+    what = "the artifact uses {what}, which is not known here{recorded}"
+    remedy = "import the module that registers it first: tokenmill verify DIR --extension MODULE"
 
 
 class ForeignTarget(TokenmillError):

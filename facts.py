@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx
 
+from .bench import step_bytes
 from .capture.checkpoint import Checkpoint
 from .codegen.cpp.emit import EMITTERS
+from .codegen.triton.emit import SCHEDULE
 from .ir import cache as kv
 from .ir import plan as plans
 from .ir.plan import DTYPE_BYTES, Device, Experts, Plan
 from .ir.program import Program, Stage, module_path, shape
 from .passes.base import Pass, calls, mill
+from .passes.latent_kv import LatentKV
 from .passes.pipeline import PassResult
 from .passes.quantize import Decision, Quantize, shares
 from .recipe import Recipe
@@ -31,20 +36,29 @@ class Recorder:
         self._name = program.name
         self._parameters = program.parameters
         self._original_bytes = (
-            checkpoint.bytes
+            checkpoint.bytes_of(program.parameters)
             if checkpoint
             else sum(program.weights.like(n).nbytes for n in program.used_weights())
         )
         self._expanded = 0
+        self._attention: dict[str, _Attention] = {}
+        self._inputs: dict[str, int] = {}  # values that go into a converted attention
         self._before: dict[str, Any] = {}
         self._keep(program, Stage.ATEN)
 
-    def after_pass(self, program: Program, result: PassResult) -> None:
+    def after_pass(self, program: Program, result: PassResult, last: bool = True) -> None:
+        """``last``: no pass after this one leaves the program in the stage in which it is now."""
         self.passes.append(result)
         if result.name == "fuse_router":
             # Attention is in its canonical form, and latents are not cached yet.
-            self._expanded = sum(_kv_values(n) for n in calls(program, mill.attention))
-        self._keep(program, program.stage)
+            attention = list(calls(program, mill.attention))
+            self._expanded = sum(_kv_values(n) for n in attention)
+            self._attention = {module_path(n): _Attention.of(n) for n in attention}
+        if result.name == LatentKV.name:
+            latents = calls(program, mill.latent_attention)
+            self._inputs = {module_path(n): int(shape(n.args[1].args[0])[-1]) for n in latents}
+        if last:
+            self._keep(program, program.stage)
 
     def _keep(self, program: Program, stage: Stage) -> None:
         name = stage.name.lower()
@@ -70,8 +84,10 @@ class Recorder:
         }
         decisions = next((p.decisions for p in passes if isinstance(p, Quantize)), [])
         share: Counter[str] = Counter()
+        stored: Counter[str] = Counter()
         for d in decisions:
             share[d.format] += d.parameters
+            stored[d.format] += d.bytes
         total = sum(share.values())
         kv_bytes = sum(c.row_bytes for c in plan.caches)
         return {
@@ -86,6 +102,7 @@ class Recorder:
             "kv_bytes_per_token": kv_bytes,
             "kv_bytes_per_token_expanded": self._expanded * kv.FORMATS[recipe.kv],
             "weights_by_format": {f: n / total for f, n in sorted(share.items())},
+            "bytes_by_format": dict(sorted(stored.items())),
             "quantized": _quantized(decisions),
             "formats": [
                 {"weight": d.weight, "role": d.role, "format": d.format, "parameters": d.parameters,
@@ -100,10 +117,126 @@ class Recorder:
                 weights[device] + p.arena_bytes + kv_bytes * p.positions
                 for device, p in plans.items()
             ),
+            "memory": memory(max(weights.values()), plan.arena_bytes, kv_bytes, plan.positions),
             "capacity": {"tokens": plan.capacity.tokens, "rows": plan.capacity.rows},
             "stages": self.stages,
             "layer": {"before": self._before, "after": layer_graph(program)},
         }  # fmt: skip
+
+    def converted(
+        self, found: Mapping[str, Any], facts: Mapping[str, Any], plan: Plan, recipe: Recipe
+    ) -> dict[str, Any]:
+        """What LatentKV ``found``, with what it is worth: bytes per token, contexts, bytes to decode.
+
+        Before is a model with the same formats whose attention keeps its keys and values.  It is reckoned,
+        not compiled: its weights have as many bytes per parameter as those of the compiled one, by role.
+        """
+        rates = _bytes_per_parameter(facts["formats"])
+        saved, more = 0, 0.0
+        for layer in found["layers"]:
+            attention, rank, rotary = self._attention[layer["path"]], layer["rank"], layer["rotary"]
+            latent = plans.latent_cache("", recipe.kv, rank, rotary)
+            saved += attention.row_bytes(recipe.kv) - latent.row_bytes
+            parameters = attention.added(self._inputs[layer["path"]], rank, rotary)
+            more += sum(rates.get(role, 0.0) * count for role, count in parameters.items())
+        added = round(more)
+        row = facts["kv_bytes_per_token"]
+        held, arena = facts["bytes"]["weights"], plan.arena_bytes
+        stored = plans.dump(plan)
+        decode = []
+        for context in CONTEXTS:
+            read = step_bytes(stored, 1, context)
+            after = read["weights"] + read["cache"]
+            before = after - added + saved * context
+            decode.append({"context": context, "before": before, "after": after})
+        return {
+            **found,
+            "bytes_before": row + saved, "bytes_after": row, "weight_bytes_added": added,
+            "contexts": [
+                {"memory_bytes": memory, "before": _fitting(memory - arena - held + added, row + saved),
+                 "after": _fitting(memory - arena - held, row)} for memory in MEMORIES
+            ],
+            "decode": decode,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """The shapes of an attention with keys and values per head."""
+
+    heads: int
+    groups: int
+    width: int
+    value: int
+
+    @classmethod
+    def of(cls, node: fx.Node) -> _Attention:
+        q, k, v = (shape(a) for a in node.args[:3])
+        return cls(int(q[-2]), int(k[-2]), int(k[-1]), int(v[-1]))
+
+    def row_bytes(self, format: str) -> int:
+        return plans.gqa_cache("", format, self.groups, self.width, self.value).row_bytes
+
+    def added(self, inputs: int, rank: int, rotary: int) -> dict[str, int]:
+        """How many parameters more the latent one has, by role."""
+        cached = self.groups * (self.width + self.value)
+        rows = self.heads * rotary + rotary + rank - cached
+        return {
+            "linear": rows * inputs,
+            "latent_up": self.heads * (self.width + self.value) * rank,
+        }
+
+
+def _bytes_per_parameter(formats: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    stored: Counter[str] = Counter()
+    parameters: Counter[str] = Counter()
+    for fact in formats:
+        stored[fact["role"]] += fact["bytes"]
+        parameters[fact["role"]] += fact["parameters"]
+    return {role: stored[role] / count for role, count in parameters.items() if count}
+
+
+def _fitting(room: int, row: int) -> int:
+    """Tokens whose caches fit."""
+    return max(0, room // row) if row else 0
+
+
+# Of what latent attention changes: memories in bytes, and tokens that a sequence has already.
+MEMORIES = tuple(gigabytes * 10**9 for gigabytes in (16, 24, 48, 80))
+CONTEXTS = (512, 4096, 32768, 131072)
+
+# GB (1e9 bytes) of the cards that are sold.
+CARDS = (24, 48, 80, 96, 141, 192)
+
+
+def memory(weights: int, arena: int, row: int, positions: int) -> dict[str, Any]:
+    """What a compiled model takes, and how many cards of a size hold it with how many tokens of cache.
+
+    ``row`` is the cache's size per token.  An artifact runs on one device; more ``cards`` than one stand for
+    an even split of weights and cache, with activations on each, and nothing lost to the split.  ``context``
+    is the longest sequence, at most ``positions`` long, and ``tokens`` what the cache of all sequences holds.
+    """
+    rows = []
+    for gigabytes in CARDS:
+        room = gigabytes * 10**9 - arena
+        if room <= 0:
+            continue
+        cards = -(-(weights + row) // room)
+        tokens = (cards * room - weights) // row if row else 0
+        rows.append({
+            "card_bytes": gigabytes * 10**9, "cards": cards, "tokens": tokens,
+            "context": min(tokens, positions), "weight_bytes_per_card": -(-weights // cards),
+        })  # fmt: skip
+    return {"weights": weights, "activations": arena, "cards": rows}
+
+
+def emitted(plan: Plan, sources: Mapping[str, str]) -> dict[str, int]:
+    """How many kernels a target has, in how much text; on a GPU, in how many binaries."""
+    count = sum(not isinstance(spec, plans.Extern) for spec in plan.specs)
+    found = {"kernels": count, "files": len(sources), "bytes": sum(map(len, sources.values()))}
+    if schedule := sources.get(SCHEDULE):
+        found["binaries"] = len(json.loads(schedule)["binaries"])
+    return found
 
 
 def idle_parameters(plan: Plan) -> int:

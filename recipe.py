@@ -28,6 +28,7 @@ import math
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
@@ -41,7 +42,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from .errors import BadRecipe
 
@@ -64,6 +65,9 @@ _KNOWN: dict[str, tuple[str, ...]] = {
     "objective": get_args(Objective),
 }
 
+# Names of formats that extensions registered, beside WEIGHT_FORMATS.
+_ADDED: dict[str, None] = {}
+
 _HIGH: tuple[WeightFormat, ...] = ("fp32", "bf16")
 # What these roles may be, whatever a rule says, and why.
 _SENSITIVE: dict[str, tuple[tuple[WeightFormat, ...], str]] = {
@@ -80,12 +84,17 @@ _SENSITIVE: dict[str, tuple[tuple[WeightFormat, ...], str]] = {
 }
 
 
-def allowed(role: str | None) -> tuple[WeightFormat, ...]:
+def add_format(name: str) -> None:
+    """Let recipes name a format that :func:`tokenmill.extend.register_format` adds."""
+    _ADDED[name] = None
+
+
+def allowed(role: str | None) -> tuple[str, ...]:
     """The formats that weights of this role may have."""
-    return _SENSITIVE.get(role or "", (WEIGHT_FORMATS, ""))[0]
+    return _SENSITIVE.get(role or "", ((*WEIGHT_FORMATS, *_ADDED), ""))[0]
 
 
-def _unfit(role: str | None, format: WeightFormat) -> str | None:
+def _unfit(role: str | None, format: str) -> str | None:
     """Why weights of this role must not have this format; None if they may."""
     formats = allowed(role)
     if format in formats:
@@ -94,11 +103,13 @@ def _unfit(role: str | None, format: WeightFormat) -> str | None:
     return f"role {role} may be {', '.join(formats[:-1])} or {formats[-1]} only: {why}"
 
 
-def _spell_out(name: WeightFormat) -> WeightFormat:
+def _spell_out(name: str) -> str:
+    if name not in (*WEIGHT_FORMATS, *_ADDED):
+        raise PydanticCustomError("unknown_format", "unknown value")
     return "int4-g32" if name == "int4" else name
 
 
-Weight = Annotated[WeightFormat, AfterValidator(_spell_out)]
+Weight = Annotated[str, AfterValidator(_spell_out)]
 
 
 class Rule(BaseModel):
@@ -131,6 +142,26 @@ class Rule(BaseModel):
         if self.role is not None:
             return self.role == role
         return any(fnmatchcase(name, self.match) for name in names)
+
+
+class UserPass(BaseModel):
+    """A pass of the user's own: ``use`` is its class as ``module:Class``, which is imported.
+
+    It runs right ``before`` or ``after`` the pass of that name; ``options`` are its fields.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    use: str = Field(pattern=r"^[\w.]+:[\w.]+$")
+    before: str | None = None
+    after: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check_place(self) -> UserPass:
+        if (self.before is None) == (self.after is None):
+            raise ValueError("needs one of before and after, with the name of a pass")
+        return self
 
 
 _MAX_LOSS = re.compile(r"(?P<percent>\d+(\.\d+)?)\s*%|kl\s*=\s*(?P<kl>\d+(\.\d+)?(e-?\d+)?)")
@@ -179,10 +210,72 @@ class Budget(BaseModel):
             return float(match["kl"])
         return math.log1p(float(match["percent"]) / 100)
 
+    def less(self, nats: float) -> Budget:
+        """What is left once so much of ``max_loss`` is lost."""
+        left = max(0.0, (self.nats or 0.0) - nats)
+        loss = (
+            f"{100 * math.expm1(left):.6f}%" if self.measure == "perplexity" else f"kl={left:.8f}"
+        )
+        return self.model_copy(update={"max_loss": loss})
+
     @property
     def memory_bytes(self) -> int | None:
         match = _MEMORY.fullmatch(self.memory or "")
         return match and int(float(match["number"]) * _UNITS[match["unit"].replace("k", "K")])
+
+
+_PERCENT = re.compile(r"(?P<percent>\d+(\.\d+)?)\s*%")
+
+
+class KvCompress(BaseModel):
+    """Latent attention instead of keys and values per head, with a smaller cache.
+
+    ``save`` is the share of the cache that goes away (``50%``), or ``auto``, the largest that ``max_loss``
+    (``1%`` of perplexity, or ``kl=0.01``) allows; a ``rank`` gives the latents per token of every layer
+    instead, beside ``rotary`` values that RoPE turns (left out: chosen by measuring).  Afterwards the new
+    weights are trained for ``heal_minutes``, or for ``heal_steps``, which gives the same result every time.
+    A conversion that loses more than ``max_loss`` is refused.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    save: str | None = None
+    rank: int | None = Field(default=None, ge=1, strict=True)
+    rotary: int | None = Field(default=None, ge=2, multiple_of=2, strict=True)
+    max_loss: str | None = None
+    heal_minutes: float = Field(default=10.0, ge=0)
+    heal_steps: int | None = Field(default=None, ge=0, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, data: Any) -> Any:
+        """``50%``, ``auto`` and a number stand for themselves."""
+        if isinstance(data, int):
+            return {"rank": data}
+        return {"save": data} if isinstance(data, str) else data
+
+    @model_validator(mode="after")
+    def _check(self) -> KvCompress:
+        if (self.save is None) == (self.rank is None):
+            raise ValueError("kv_compress needs one of save and rank")
+        if self.save not in (None, "auto"):
+            match = _PERCENT.fullmatch(self.save or "")
+            if match is None or not 0 < float(match["percent"]) < 100:
+                raise ValueError(f"save {self.save!r} is neither like 50% nor auto")
+        if self.max_loss is not None and not _MAX_LOSS.fullmatch(self.max_loss):
+            raise ValueError(f"max_loss {self.max_loss!r} is neither like 1% nor like kl=0.01")
+        return self
+
+    @property
+    def share(self) -> float | None:
+        """The share of the cache that goes away, if it is given."""
+        match = _PERCENT.fullmatch(self.save or "")
+        return match and float(match["percent"]) / 100
+
+    @property
+    def limit(self) -> Budget | None:
+        """``max_loss`` as a budget."""
+        return None if self.max_loss is None else Budget(max_loss=self.max_loss)
 
 
 class Recipe(BaseModel):
@@ -195,6 +288,11 @@ class Recipe(BaseModel):
     change the weights before, exactly, so that less is lost: by an orthogonal map of the residual stream, by
     factors that inputs and weights share.
 
+    ``kv_compress`` turns attention with keys and values per head into latent attention.
+
+    ``extensions`` are modules with formats and kernels of the user's own, imported before the rest is read;
+    ``passes`` are passes of the user's own (see :mod:`tokenmill.extend`).
+
     ``max_step_tokens`` and ``max_step_rows`` bound what one step carries: the tokens that go in and
     the rows of logits that come out.  Working memory is planned for them.
     """
@@ -203,6 +301,7 @@ class Recipe(BaseModel):
 
     weights: Weight = "bf16"
     kv: CacheFormat = "bf16"
+    kv_compress: KvCompress | None = None
     rules: Sequence[Rule] = ()
     rounding: Rounding = "rtn"
     calibration: str | None = None
@@ -214,8 +313,17 @@ class Recipe(BaseModel):
         "cpu",
     )
     disable: Sequence[str] = ()
+    extensions: Sequence[str] = ()
+    passes: Sequence[UserPass] = ()
     max_step_tokens: int = Field(default=512, ge=1, le=1 << 20, strict=True)
     max_step_rows: int = Field(default=64, ge=1, le=1 << 20, strict=True)
+
+    @model_validator(mode="after")
+    def _auto_has_a_limit(self) -> Recipe:
+        found = self.conversion
+        if found is not None and found.save == "auto" and found.max_loss is None:
+            raise ValueError("kv_compress: auto needs a max_loss to stay within")
+        return self
 
     @model_validator(mode="wrap")
     @classmethod
@@ -228,11 +336,28 @@ class Recipe(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
+    def _extend(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("extensions"), list | tuple):
+            for index, name in enumerate(data["extensions"]):
+                load_module(name, f"extensions[{index}]")
+        return data
+
+    @model_validator(mode="before")
+    @classmethod
     def _text_is_to_be_used(cls, data: Any) -> Any:
         wanted = ("calibration", "budget")
         if isinstance(data, dict) and any(data.get(name) is not None for name in wanted):
             return {"rounding": "gptq"} | data
         return data
+
+    @property
+    def conversion(self) -> KvCompress | None:
+        """``kv_compress``, its loss bounded by the budget: by half of it where it chooses how much."""
+        wanted, budget = self.kv_compress, self.budget
+        if wanted is None or wanted.max_loss or budget is None or budget.nats is None:
+            return wanted
+        allowed = budget.less(budget.nats / 2) if wanted.save == "auto" else budget
+        return wanted.model_copy(update={"max_loss": allowed.max_loss})
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -263,7 +388,22 @@ class Recipe(BaseModel):
         return _preset(self.weights, role)
 
 
-def _preset(weights: WeightFormat, role: Role) -> str:
+def load_module(name: str, where: str) -> Any:
+    """Import a module that a recipe names; raises BadRecipe."""
+    try:
+        return import_module(name)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == name:
+            reason = f"there is no module {name!r}"
+        else:
+            reason = f"importing {name!r} failed: {type(error).__name__}: {error}"
+        raise BadRecipe(
+            where=where, reason=reason,
+            advice="put the directory that it lies in on PYTHONPATH, or install it",
+        ) from error  # fmt: skip
+
+
+def _preset(weights: str, role: Role) -> str:
     """The table at the head of this file."""
     if weights == "fp32":
         return "fp32"
@@ -299,18 +439,25 @@ def _read_yaml(path: Path) -> Any:
     raise BadRecipe(where=path, reason=reason, advice=advice)
 
 
+_OWNERS: dict[str, type[BaseModel]] = {"rules": Rule, "passes": UserPass, "budget": Budget}
+
+
 def _bad_recipe(detail: ErrorDetails) -> BadRecipe:
     where = _location(detail["loc"])
     reason = detail["msg"].removeprefix("Value error, ")
     match detail["type"]:
         case "extra_forbidden":
-            owner = Rule if where.startswith("rules[") else Recipe
+            owner = _OWNERS.get(re.split(r"[.\[]", where)[0], Recipe)
             reason, advice = "unknown field", f"known fields: {', '.join(owner.model_fields)}"
-        case "literal_error":
+        case "literal_error" | "unknown_format":
             reason = f"unknown value {detail['input']!r}"
-            advice = f"use one of {', '.join(_KNOWN.get(str(detail['loc'][-1]), WEIGHT_FORMATS))}"
+            known = _KNOWN.get(str(detail["loc"][-1]), (*WEIGHT_FORMATS, *_ADDED))
+            advice = f"use one of {', '.join(known)}"
+            if detail["type"] == "unknown_format":
+                advice += "; one of your own is known once its module is among extensions"
         case "missing":
-            reason, advice = "missing", "a rule needs `match` and `format`"
+            needs = "a pass needs `use`" if where.startswith("passes[") else ""
+            reason, advice = "missing", needs or "a rule needs `match` and `format`"
         case "value_error":
             advice = "change or remove it"
         case _:

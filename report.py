@@ -37,11 +37,13 @@ def render(facts: Facts, sources: Mapping[str, str]) -> str:
             "body",
             _header(facts),
             _tiles(facts),
+            *_compressed(facts),
             *_search(facts.get("search")),
             *_calibration(facts.get("calibration")),
             *_passes(facts["passes"]),
             *_drawings(facts["layer"]),
             *_formats(facts),
+            *_memory(facts.get("memory")),
             *_kernels(facts, sources),
             *_binaries(facts.get("binaries", {})),
             *_sources(sources),
@@ -217,6 +219,166 @@ def _cells(unit: Facts, formats: Sequence[str]) -> list[Cell]:
     return [el("strong", losses[f]) if f == chosen else losses.get(f, "") for f in formats]
 
 
+def _compressed(facts: Facts) -> list[Element]:
+    """What latent attention instead of keys and values is worth, and what it loses."""
+    found = facts.get("kv_compress")
+    if not found:
+        return []
+    layers, before, after = found["layers"], found["bytes_before"], found["bytes_after"]
+    kept = facts["model"]["layers"] - len(layers)
+    about = (
+        f"Attention of {len(layers)} layers is latent: their caches hold {found['values_after']:,} values "
+        f"per token, not {found['values_before']:,}. With formats as they are here, the whole model's "
+        f"take {size(after)} per token, not {size(before)}: {ratio(before, after)} smaller."
+    )
+    if kept:
+        about += f" {kept} other caches stay as they were."
+    return [
+        el("h2", "KV compression"),
+        el("p", about),
+        *_conversion(found.get("steps", ())),
+        *_healing(found),
+        *_contexts(found, facts["model"]["positions"]),
+        *_decode(found, facts["model"]["positions"]),
+        el("h3", "Ranks"),
+        _ranks(layers),
+    ]
+
+
+def _conversion(steps: Sequence[Facts]) -> list[Element]:
+    """The loss after each step, with those before it."""
+    if not steps:
+        return [el("p", "Nothing was measured: a dry run converts shapes only.")]
+    rows = [
+        (
+            s["step"],
+            "yes" if s["exact"] else "no",
+            _risen(s["rise"], s["rise_error"]),
+            _with_error(s["kl"], s["kl_error"]),
+            f"{s['tokens']:,}",
+        )
+        for s in steps
+    ]
+    head = ("After the step", "Exact", "Perplexity", "KL, nats / 1000", "Held-out tokens")
+    return [
+        el("h3", "What each step loses"),
+        el("p", "Against the original, on text that was not trained on, with standard errors; each row "
+                "has the steps above it too."),
+        _table(head, rows, numbers={2, 3, 4}),
+    ]  # fmt: skip
+
+
+def _spent(used: float, healing: Facts) -> str:
+    return f"{used:.1f} minutes" if healing["unit"] == "minutes" else f"{used:g} steps"
+
+
+def _risen(rise: float, error: float) -> str:
+    """A change of perplexity; tiny ones keep their digits."""
+    shown, off = _percent(rise), 100 * error
+    digits = 2 if max(abs(shown), off) >= 0.01 else 4
+    return f"{shown:+.{digits}f}%" + ("" if math.isinf(error) else f" ± {off:.{digits}f}%")
+
+
+def _with_error(nats: float, error: float) -> str:
+    spread = "" if math.isinf(error) else f" ± {_thousandths(error):.2g}"
+    return f"{_thousandths(nats):.3g}{spread}"
+
+
+def _healing(found: Facts) -> list[Element]:
+    """How training got back what the steps lost."""
+    healing = found.get("healing")
+    if not healing:
+        return []
+    taken = found["steps"][-1]["kl"]
+    points = [
+        Point(at, _thousandths(kl), 0.0 if math.isinf(error) else _thousandths(error),
+              "chosen" if kl == taken else "within",
+              f"{_spent(at, healing)}: KL {_with_error(kl, error)}, perplexity {_risen(rise, off)}")
+        for at, _, rise, off, kl, error in healing["curve"]
+    ]  # fmt: skip
+    about = (
+        f"The new weights learned from the original for {_spent(healing['used'], healing)}, on "
+        f"{healing['tokens']:,} tokens."
+    )
+    if ending := healing["ending"]:
+        about += f" {ending[0].upper()}{ending[1:]}."
+    section = [el("h3", "Healing"), el("p", about)]
+    if len({point.x for point in points}) < 2:
+        return section
+    line = [(point.x, point.y) for point in points]
+    axes = (
+        Axis(healing["unit"], lambda x: f"{x:g}"),
+        Axis("KL divergence, nats / 1000", lambda y: f"{y:.3g}"),
+    )
+    drawing = plot("Loss on held-out text while healing", axes, line, points, None)
+    return [*section, el("figure", el("div", drawing, class_="canvas"), class_="alone")]
+
+
+def _contexts(found: Facts, positions: int) -> list[Element]:
+    rows = [
+        (size(c["memory_bytes"]), f"{c['before']:,}", f"{c['after']:,}", ratio(c["after"], c["before"]))
+        for c in found["contexts"]
+    ]  # fmt: skip
+    about = (
+        "Tokens whose caches fit beside weights and activations, in one sequence or in several. A "
+        f"sequence of this model has at most {positions:,}. Before is reckoned, with weights and caches "
+        "in the same formats."
+    )
+    head = ("Memory", "Before", "After", "Longer")
+    return [
+        el("h3", "Longest context"), el("p", about), _table(head, rows, numbers={1, 2, 3}),
+    ]  # fmt: skip
+
+
+def _decode(found: Facts, positions: int) -> list[Element]:
+    rows = [
+        (f"{d['context']:,}", size(d["before"]), size(d["after"]), f"{d['before'] / d['after']:.2f}x")
+        for d in found["decode"]
+    ]  # fmt: skip
+    added = found["weight_bytes_added"]
+    more = f"{size(abs(added))} {'more' if added >= 0 else 'less'}"
+    about = (
+        "Bytes that one sequence reads to decode a token: the weights that it visits, and its cache. "
+        "This is a bound and not a measurement: where memory's bandwidth is the limit, decoding is at "
+        f"most so many times faster. Weights are {more} than before, which short contexts notice."
+    )
+    if rows and found["decode"][-1]["context"] > positions:
+        about += f" More than {positions:,} tokens are past this model's positions."
+    head = ("Tokens in the cache", "Before", "After", "Speed at most")
+    return [
+        el("h3", "Decoding, a bound"), el("p", about), _table(head, rows, numbers={1, 2, 3}),
+    ]  # fmt: skip
+
+
+def _ranks(layers: Sequence[Facts]) -> Element:
+    """What the caches hold, as bars and in numbers."""
+    widest = max(layer["before"] for layer in layers)
+    rows = [
+        (
+            el("code", layer["path"]),
+            _widths(layer["rank"], layer["rotary"], widest),
+            str(layer["rank"]),
+            str(layer["rotary"]),
+            str(layer["before"]),
+        )
+        for layer in layers
+    ]
+    head = ("Attention", "Values per token", "Latents", "Rotary", "Keys and values before")
+    ranks = sorted({layer["rank"] for layer in layers})
+    some = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}"
+    about = f"{len(layers)} layers, {some} latents per token"
+    return el(
+        "details", el("summary", about), _table(head, rows, numbers={2, 3, 4}), class_="widths"
+    )
+
+
+def _widths(rank: int, rotary: int, widest: int) -> Element:
+    parts = {"latent": rank, "rotary": rotary, "saved": max(0, widest - rank - rotary)}
+    return el(
+        "div", *(el("span", class_=k, style=f"flex:{n}") for k, n in parts.items()), class_="bar"
+    )
+
+
 def _passes(passes: Sequence[Facts]) -> list[Element]:
     rows = [
         (
@@ -307,6 +469,30 @@ def _by_module(
         count, parameters, stored = groups.get(key, (0, 0, 0))
         groups[key] = (count + 1, parameters + fact["parameters"], stored + fact["bytes"])
     return list(groups.items())
+
+
+def _memory(found: Facts | None) -> list[Element]:
+    """How many cards hold the model, and how much cache beside it."""
+    if found is None or not found["cards"]:
+        return []
+    rows = [
+        (size(c["card_bytes"]), str(c["cards"]), size(c["weight_bytes_per_card"]),
+         f"{c['tokens']:,}", f"{c['context']:,}")
+        for c in found["cards"]
+    ]  # fmt: skip
+    about = (
+        f"{size(found['weights'])} of weights and {size(found['activations'])} of activations in the "
+        "fewest cards of a size, with cache in what is left. An artifact runs on one device: more cards "
+        "than one stand for an even split, which tokenmill does not make."
+    )
+    head = (
+        "Memory of a card",
+        "Cards",
+        "Weights on each",
+        "Tokens in the cache",
+        "Longest sequence",
+    )
+    return [el("h2", "Memory"), el("p", about), _table(head, rows, numbers=set(range(5)))]
 
 
 def _kernels(facts: Facts, sources: Mapping[str, str]) -> list[Element]:

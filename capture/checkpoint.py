@@ -29,7 +29,16 @@ from ..errors import (
 )
 from .packed import Packed
 from .shards import DTYPES, Shards, Source, header
-from .streaming import LIBRARY_ERRORS, NotStreamable, Tensors, fake, fill, skeleton, sources
+from .streaming import (
+    LIBRARY_ERRORS,
+    NotStreamable,
+    Tensors,
+    absent,
+    fake,
+    fill,
+    skeleton,
+    sources,
+)
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -37,27 +46,43 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "generation_config.json",
 )
+# Decoders of the library that it does not look up as such, by their type.
+_UNLISTED = {"mistral4": "Mistral4"}
+CONFIG_FILES = ("config.json", "generation_config.json")
 _INDEX, _SINGLE, _SUMS = "model.safetensors.index.json", "model.safetensors", "SHA256SUMS"
 _PICKLED = ("*.bin", "*.pt", "*.pth")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that passed the checks; ``bytes`` is the size of its weight files."""
+    """A checkpoint that passed the checks; with ``config_only`` nobody looked for weights."""
 
     path: Path
     name: str
     config: dict[str, Any]
     shards: tuple[Path, ...]
     trust_remote_code: bool = False
+    config_only: bool = False
+
+    def bytes_of(self, parameters: int) -> int:
+        """The size of the weight files; if they are not there, of the parameters in the config's dtype."""
+        if self.config_only:
+            return parameters * self._dtype.itemsize
+        return sum(s.stat().st_size for s in self.shards)
 
     @property
-    def bytes(self) -> int:
-        return sum(s.stat().st_size for s in self.shards)
+    def _dtype(self) -> torch.dtype:
+        said = str(self.config.get("dtype") or self.config.get("torch_dtype"))
+        found = getattr(torch, said.removeprefix("torch."), None)
+        return found if isinstance(found, torch.dtype) else torch.float32
 
     @property
     def tokenizer_files(self) -> list[Path]:
         return [f for n in TOKENIZER_FILES if (f := self.path / n).is_file()]
+
+    @property
+    def config_files(self) -> list[Path]:
+        return [f for n in CONFIG_FILES if (f := self.path / n).is_file()]
 
     def load(self, dtype: Literal["float32", "bfloat16"] = "float32") -> Any:
         """The transformers model in ``dtype``, in eval mode, every parameter from the checkpoint.
@@ -84,6 +109,8 @@ class Checkpoint:
 
         A checkpoint of which that cannot be told is loaded as a whole.
         """
+        if self.config_only:
+            return self._shapes()
         try:
             model, found = self._open()
         except (NotStreamable, *LIBRARY_ERRORS) as error:
@@ -92,6 +119,25 @@ class Checkpoint:
             return Streamed(self.load(), note=f"loaded as a whole: {_first_line(error)}")
         fake(model)
         return Streamed(model, found)
+
+    def _shapes(self) -> Streamed:
+        """The model without numbers."""
+        _quiet()
+        try:
+            config = self._library_config()
+            config.quantization_config = None
+            model = skeleton(config, self.trust_remote_code)
+            found = absent(model)
+        except LIBRARY_ERRORS as error:
+            raise _refused(self.path, error) from error
+        fake(model)
+        dtype = str(self._dtype).removeprefix("torch.")
+        return Streamed(model, found, f"no weights: their size before is that in {dtype}")
+
+    def _library_config(self) -> Any:
+        return _transformers().AutoConfig.from_pretrained(
+            self.path, trust_remote_code=self.trust_remote_code, local_files_only=True
+        )
 
     def _unpacked(self) -> Any:
         """The model with the numbers that the quantized weights stand for."""
@@ -103,10 +149,8 @@ class Checkpoint:
         return model
 
     def _open(self) -> tuple[Any, dict[str, Source]]:
-        transformers = _quiet()
-        config = transformers.AutoConfig.from_pretrained(
-            self.path, trust_remote_code=self.trust_remote_code, local_files_only=True
-        )
+        _quiet()
+        config = self._library_config()
         tensors: Tensors = Shards(self.shards)
         if packed := self.config.get("quantization_config"):
             tensors = Packed(Shards(self.shards), packed, str(self.path / "config.json"))
@@ -137,17 +181,28 @@ class Streamed:
     note: str = ""
 
 
-def open_checkpoint(model: str | Path, trust_remote_code: bool = False) -> Checkpoint:
+def open_checkpoint(
+    model: str | Path, trust_remote_code: bool = False, config_only: bool = False
+) -> Checkpoint:
     """The checkpoint at a directory, or under a hub id (downloaded the usual way).
 
-    Raises ModelNotFound, NotAModel, NeedsRemoteCode, WeightsMissing or WeightsDamaged.
+    With ``config_only`` a directory's config.json is all that is looked at, or that file itself.  Raises
+    ModelNotFound, NotAModel, NeedsRemoteCode, WeightsMissing or WeightsDamaged.
     """
     path = Path(model)
+    if config_only and path.name == "config.json" and path.is_file():
+        path = path.parent
     if not path.exists():
+        if config_only:
+            raise ModelNotFound(path=str(model))
         path = _download(str(model))
     config = _config(path)
+    if config["model_type"] in _UNLISTED:
+        _list(_UNLISTED[config["model_type"]])
     if "auto_map" in config and not trust_remote_code and not _known(config):
         raise NeedsRemoteCode(path=str(model), reason="config.json: auto_map")
+    if config_only:
+        return Checkpoint(path, path.resolve().name, config, (), trust_remote_code, True)
     shards = tuple(_shards(path))
     for shard in shards:
         check_safetensors(shard)
@@ -189,6 +244,14 @@ def _config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or "model_type" not in config:
         raise NotAModel(path=str(path), reason="config.json names no model_type")
     return config
+
+
+def _list(kind: str) -> None:
+    """Let AutoModelForCausalLM find a class of the library."""
+    library = _transformers()
+    classes = [getattr(library, f"{kind}{suffix}", None) for suffix in ("Config", "ForCausalLM")]
+    if all(classes):
+        library.AutoModelForCausalLM.register(*classes, exist_ok=True)
 
 
 def _known(config: dict[str, Any]) -> bool:

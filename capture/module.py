@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from torch.export.graph_signature import InputKind
 from ..errors import Unsupported
 from ..ir.program import Program, Stage, Weights
 from ..ir.program import where as location
+from . import stamp
+from .branches import Watched, not_empty
 from .shards import Source
 
 # Shape checks that export leaves in the graph: the token-independence proof covers what they guard.
@@ -27,6 +29,7 @@ _CHECKS = {
     torch.ops.aten.sym_constrain_range.default,
 }
 _EXAMPLE_TOKENS = 7
+_BRANCH_LENGTHS = (1, 2, 9)
 
 
 class _Call(nn.Module):
@@ -76,9 +79,47 @@ def capture(
     with torch.no_grad(), warnings.catch_warnings():
         # Raised inside torch.export about its own tree specs.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
+        wrapped, dynamic = _Call(model.eval(), call), tuple({1: tokens} for _ in inputs)
+        kinds = stamp.kinds(wrapped, inputs)
         inputs = tuple(_like_parameters(model, value) for value in inputs)
-        exported = _export(_Call(model.eval(), call), inputs, tuple({1: tokens} for _ in inputs))
-    return _to_program(exported, max_positions, name, sources or {})
+
+        def traced(kinds: Sequence[stamp.Kind]) -> Program:
+            with stamp.marked(wrapped, kinds) as hidden, not_empty() as watched:
+                exported = _export(wrapped, inputs, dynamic, watched)
+            program = _to_program(exported, hidden, max_positions, name, sources or {})
+            if watched.flags or (watched.sizes and not sources):
+                _check_branches(program, None if sources else wrapped, len(inputs), watched)
+            return program
+
+        try:
+            return traced(kinds)
+        except (stamp.NotStamped, Unsupported):
+            if not kinds:
+                raise
+        return traced([])
+
+
+def _check_branches(
+    program: Program, wrapped: nn.Module | None, inputs: int, watched: Watched
+) -> None:
+    """Refuse branches on whether there are tokens if they do more than to skip work for none.
+
+    A model that cannot be run, as its weights are not there, is given no credit.
+    """
+    rng = torch.Generator().manual_seed(0)
+    for length in _BRANCH_LENGTHS:
+        length = min(length, program.positions)
+        ids = torch.randint(0, program.vocab, (length,), generator=rng)
+        given = (ids[None], torch.arange(length)[None])[:inputs]
+        wanted = None if wrapped is None else wrapped(*given)[0]
+        if wanted is None or not torch.allclose(
+            program.run(ids), wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max())
+        ):
+            raise Unsupported(
+                reason="the code branches on whether there are such tokens, to do more than skip work",
+                where=(watched.flags + watched.sizes)[0],
+                advice="write it so that it also computes the right thing without tokens",
+            )
 
 
 def _like_parameters(model: nn.Module, value: Tensor) -> Tensor:
@@ -87,7 +128,9 @@ def _like_parameters(model: nn.Module, value: Tensor) -> Tensor:
     return value if first is None else first.fake_mode.from_tensor(value)
 
 
-def _export(module: nn.Module, inputs: tuple[Tensor, ...], dynamic: Any) -> ExportedProgram:
+def _export(
+    module: nn.Module, inputs: tuple[Tensor, ...], dynamic: Any, watched: Watched
+) -> ExportedProgram:
     try:
         # Non-strict only: dynamo has been seen to fold a class test to the wrong constant.
         # The empty table functionalizes and keeps linear and attention whole.
@@ -95,11 +138,13 @@ def _export(module: nn.Module, inputs: tuple[Tensor, ...], dynamic: Any) -> Expo
             module, inputs, dynamic_shapes=dynamic, strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
         ).run_decompositions({})  # fmt: skip
+    except Unsupported:  # by what stands for a part of the model while it is traced
+        raise
     except Exception as error:
         text = str(error)
         raise Unsupported(
             reason=f"the model cannot be traced with a variable number of tokens: {_gist(text)}",
-            where=_user_frame(error) or "torch.export",
+            where=_user_frame(error) or next(iter(watched.fixed), "torch.export"),
             advice=_export_advice(text),
         ) from error
 
@@ -107,7 +152,7 @@ def _export(module: nn.Module, inputs: tuple[Tensor, ...], dynamic: Any) -> Expo
 def _gist(text: str) -> str:
     """The first sentence of an exporter's message that says something."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[0][:300] if lines else "no message"
+    return lines[0].split(" For more information")[0][:300] if lines else "no message"
 
 
 def _user_frame(error: BaseException) -> str:
@@ -131,16 +176,26 @@ def _export_advice(text: str) -> str:
             "the code branches on tensor values there: write it without Python ints from tensors "
             "(torch.where and index_add_ over experts trace well), or register it as one custom op"
         )
-    if "specialized" in text or "Constraints violated" in text:
-        return "the code fixes the number of tokens there: derive sizes from the input's shape"
+    if re.search(r"[Ss]pecialized|[Ss]pecializations|Constraints violated", text):
+        return (
+            "the code fixes the number of tokens there: take sizes from x.shape (not len(x)), and write "
+            "recurrences over the sequence as attention or leave them out"
+        )
     return "make the module traceable by torch.export, or register the part as one custom op"
 
 
 def _to_program(
-    exported: ExportedProgram, max_positions: int, name: str, sources: Mapping[str, Source]
+    exported: ExportedProgram,
+    hidden: Mapping[str, Tensor],
+    max_positions: int,
+    name: str,
+    sources: Mapping[str, Source],
 ) -> Program:
     graph, values = fx.Graph(), dict[fx.Node, fx.Node]()
-    weights, owner = _weights(exported, sources)
+    given = {**exported.state_dict, **exported.constants, **hidden}
+    weights, owner = _weights(given, sources)
+    put_away = (n for n, value in hidden.items() if isinstance(value, nn.Parameter))
+    parameters = [*exported.graph_signature.parameters, *put_away]
     specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
     users = iter(("ids", "positions"))
     for node in exported.graph.nodes:
@@ -160,11 +215,12 @@ def _to_program(
             values[node].meta = {
                 k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack", "stack_trace")
             }
+    graph = stamp.expand(graph, owner, set(exported.constants))
     _drop_checks(graph)
     logits = graph.output_node().args[0].meta["val"]
     program = Program(
         graph, weights, vocab=int(logits.shape[-1]), positions=max_positions, name=name,
-        stage=Stage.ATEN, parameters=_count(exported, weights, owner),
+        stage=Stage.ATEN, parameters=_count(parameters, weights, owner),
     )  # fmt: skip
     _ensure_positions(program)
     _refuse_unbacked_output(program)
@@ -172,7 +228,7 @@ def _to_program(
 
 
 def _weights(
-    exported: ExportedProgram, sources: Mapping[str, Source]
+    given: Mapping[str, Any], sources: Mapping[str, Source]
 ) -> tuple[Weights, dict[str, str]]:
     """Weights under the names the user knows; ``owner`` maps every traced name to its weight.
 
@@ -181,7 +237,7 @@ def _weights(
     weights = Weights({})
     owner: dict[str, str] = {}
     seen: dict[Hashable, str] = {}
-    for traced, value in {**exported.state_dict, **exported.constants}.items():
+    for traced, value in given.items():
         if not isinstance(value, Tensor):
             continue
         tensor = value.detach()
@@ -205,9 +261,9 @@ def _weights(
     return weights, owner
 
 
-def _count(exported: ExportedProgram, weights: Weights, owner: dict[str, str]) -> int:
-    """Parameters of the model, buffers not among them."""
-    names = {owner[p] for p in exported.graph_signature.parameters}
+def _count(parameters: Sequence[str], weights: Weights, owner: dict[str, str]) -> int:
+    """Numbers in the model's parameters, buffers not among them."""
+    names = {owner[p] for p in parameters}
     return sum(weights.like(n).numel() for n in names)
 
 

@@ -11,7 +11,8 @@ README_WEIGHTS.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
@@ -271,26 +272,24 @@ def _in_order(group: int, found: Tensor) -> Tensor | None:
 
 
 def _compressed_tensors(config: Mapping[str, Any], where: str) -> _Scheme:
-    groups = [g.get("weights") or {} for g in (config.get("config_groups") or {}).values()]
+    groups = [g for g in (config.get("config_groups") or {}).values() if g.get("weights")]
     if not groups:
         _refuse(where, "compressed-tensors without config_groups")
-    if any(g != groups[0] for g in groups):
-        _refuse(where, "compressed-tensors with weights of several kinds")
-    how = groups[0]
     if config.get("sparsity_config") not in (None, {}):
         _refuse(where, "compressed-tensors with sparsity")
 
     def matrix(inside: _Inside) -> Matrix:
+        how = _group_of(inside, groups)
         if "weight_packed" in inside:
             return _pack_quantized(inside, how)
         dtype = inside.like("weight").dtype
         if dtype == torch.float8_e4m3fn:
-            return _fp8(inside, "weight_scale", _fp8_block(inside))
+            return _fp8(inside, "weight_scale", _fp8_block(inside, how))
         if dtype == torch.int8:
             return _int_quantized(inside, how)
         return inside.refuse(f"weight is {dtype}")
 
-    def _fp8_block(inside: _Inside) -> tuple[int, int]:
+    def _fp8_block(inside: _Inside, how: Mapping[str, Any]) -> tuple[int, int]:
         if how.get("strategy") == "block":
             rows, columns = how["block_structure"]
             return int(rows), int(columns)
@@ -302,6 +301,29 @@ def _compressed_tensors(config: Mapping[str, Any], where: str) -> _Scheme:
          "input_scale", "input_zero_point"),
         matrix,
     )  # fmt: skip
+
+
+def _group_of(inside: _Inside, groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """What the config says of one map's weights: by its name, else by its class, of which there is one."""
+    kinds = [g["weights"] for g in groups]
+    if all(kind == kinds[0] for kind in kinds):
+        return dict(kinds[0])
+    for by_name in (True, False):
+        for group in groups:
+            if any(_targets(t, inside, by_name) for t in group.get("targets") or ()):
+                return dict(group["weights"])
+    return inside.refuse("no group of config.json has a target that is this map")
+
+
+def _targets(target: str, inside: _Inside, by_name: bool) -> bool:
+    if not by_name:
+        return target == "Linear"
+    if not target.startswith("re:"):
+        return target == inside.prefix
+    try:
+        return re.match(target.removeprefix("re:"), inside.prefix) is not None
+    except re.error as error:
+        return inside.refuse(f"the target {target!r} is no regular expression ({error})")
 
 
 def _pack_quantized(inside: _Inside, how: Mapping[str, Any]) -> Matrix:

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..ir.provenance import Rows
+
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -33,12 +35,16 @@ class Source:
 
     ``whole`` yields all, ``member`` one member of a stack, such as one expert of ``[E, N, K]``.  ``stored``
     are the parts (``int4-g32.q``) that hold the same in a format of :mod:`..ir.quant`, if they came so.
+    ``files`` are meta tensors of what it is made of, by their names in the files, and ``rows`` finds out
+    which row of it is where in these; None if it is computed.
     """
 
     like: Tensor
     whole: Callable[[], Tensor]
     member: Callable[[int], Tensor] | None = None
     stored: Mapping[str, Source] = field(default_factory=dict)
+    files: Mapping[str, Tensor] = field(default_factory=dict)
+    rows: Callable[[], Rows | None] = lambda: None
 
 
 class Part(NamedTuple):

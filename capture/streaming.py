@@ -11,15 +11,16 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from ..errors import WeightsMismatch
+from ..errors import NumbersMissing, WeightsMismatch
 from ..ir import quant
+from ..ir.provenance import Rows, rearranged
 from .shards import Source, Stored
 
 # What the library raises when its insides are not as this module knows them, or a model is unusual.
@@ -66,6 +67,24 @@ def skeleton(config: Any, trust_remote_code: bool) -> Any:
     model._move_missing_keys_from_meta_to_device(set(), None, None, None)
     model._initialize_missing_keys(False)
     return model.eval()
+
+
+def absent(model: Any) -> dict[str, Source]:
+    """Sources for a :func:`skeleton` of which there is only a config: they know shapes, and no numbers."""
+    model.tie_weights()
+    made: dict[int, Source] = {}
+    found: dict[str, Source] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in made:
+            like = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            none = partial(_no_numbers, name)
+            made[id(tensor)] = Source(like, none, none if like.dim() > 2 else None)
+        found[name] = made[id(tensor)]
+    return found
+
+
+def _no_numbers(name: str, index: int = 0) -> NoReturn:
+    raise NumbersMissing(name=name)
 
 
 def sources(model: Any, tensors: Tensors) -> tuple[dict[str, Source], Report]:
@@ -146,6 +165,8 @@ class Group:
     def source(self, name: str, place: Tensor, tensors: Tensors) -> Source:
         """How to read the weight ``name``, of which ``place`` says shape and dtype."""
         like = torch.empty(place.shape, dtype=place.dtype, device="meta")
+        files = {n: tensors.like(n) for names in self.names.values() for n in names}
+        rows_of_files = partial(self.rows, name, like, files)
         if self.converter is None:
             only = self._only
 
@@ -154,7 +175,7 @@ class Group:
 
             return Source(
                 like, lambda: tensors.read(only).to(like.dtype), member if like.dim() > 2 else None,
-                _whole_parts(tensors, only),
+                _whole_parts(tensors, only), files, rows_of_files,
             )  # fmt: skip
         if rows := self.members(len(like)):
 
@@ -162,11 +183,26 @@ class Group:
                 return torch.cat([tensors.read(n) for n in rows[index]]).to(like.dtype)
 
             return Source(
-                like, partial(_stack, like, expert), expert, _stacked_parts(tensors, rows)
-            )
+                like, partial(_stack, like, expert), expert, _stacked_parts(tensors, rows), files,
+                rows_of_files,
+            )  # fmt: skip
         return Source(
-            like, lambda: self.convert(lambda n: tensors.read(n).to(like.dtype))[name].contiguous()
-        )
+            like, lambda: self.convert(lambda n: tensors.read(n).to(like.dtype))[name].contiguous(),
+            files=files,
+            rows=rows_of_files,
+        )  # fmt: skip
+
+    def rows(self, name: str, like: Tensor, files: Mapping[str, Tensor]) -> Rows | None:
+        """Where the rows of the weight ``name`` are in the tensors of the files."""
+        if self.converter is None:
+            return Rows.whole(self._only, like)
+        if like.dim() > 2 and (members := self.members(len(like))):
+            return Rows.joined({n: files[n] for row in members for n in row})
+
+        def made(*values: Tensor) -> Tensor:
+            return self.convert(dict(zip(files, values, strict=True)).__getitem__)[name]
+
+        return rearranged(made, files, like)
 
     def members(self, count: int) -> list[list[str]] | None:
         """Per member of a stack, the tensors that are put together along its rows, if that is all."""

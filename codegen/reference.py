@@ -19,9 +19,11 @@ from torch import Tensor
 from ..ir import cache as kv
 from ..ir import expr, packing, quant, router
 from ..ir.cache import Batch
+from ..ir.ops import OPS
 from ..ir.plan import (
     Attend,
     CacheWrite,
+    Custom,
     Device,
     Embed,
     Experts,
@@ -140,6 +142,9 @@ def operand_width(spec: KernelSpec, param: str) -> int:
             return spec.top_k
         case Experts(), _:
             return spec.hidden
+        case Custom(), _:
+            shaped = next(o for o in (*spec.operands, spec.out) if o.name == param)
+            return 0 if shaped.weight else shaped.width
         case Extern(), "out":
             return math.prod(size for size in spec.out_shape if size >= 0)
     return 0
@@ -252,6 +257,9 @@ def attend(spec: Attend, o: Operands, batch: Batch, device: Device) -> Outputs:
         score = torch.einsum("thd,jhd->htj", q, key) * spec.scale
         if spec.softcap:
             score = spec.softcap * torch.tanh(score / spec.softcap)
+        if spec.slopes:
+            distance = torch.arange(length) - batch.positions[lo:hi, None]
+            score = score + o["slopes"].float()[:, None, None] * distance
         score = score.masked_fill(~_visible(batch, lo, hi, length, spec.window), -torch.inf)
         if spec.sinks:
             sinks = o["sinks"].float()[:, None, None].expand(-1, hi - lo, 1)
@@ -312,12 +320,24 @@ def experts(spec: Experts, o: Operands, batch: Batch, device: Device) -> Outputs
     out = o["residual"].clone() if spec.residual else torch.zeros_like(o["x"])
     for e in ids.unique().tolist():
         token, choice = (ids == e).nonzero(as_tuple=True)
-        parts = (x[token] @ gate_up[e].T).split(spec.inter, -1)
+        parts = x[token] @ gate_up[e].T
+        parts = (parts + o["gate_up_bias"][e] if spec.biased else parts).split(spec.inter, -1)
         acc = {f"acc{i}": part for i, part in enumerate(parts)}
         inner = expr.evaluate(expr.parse(spec.activation), acc)
         y = _rounded(inner, spec.down_format, device) @ down[e].T
+        y = y + o["down_bias"][e] if spec.biased else y
         out.index_add_(0, token, y * o["weights"][token, choice, None])
     return {"out": out}
+
+
+def custom(spec: Custom, o: Operands, batch: Batch, device: Device) -> Outputs:
+    """Call the op's own reference."""
+    given = dict(spec.attributes) | {
+        t.name: o[t.name] if t.weight else o[t.name].reshape(len(o[t.name]), *t.shape)
+        for t in spec.operands
+    }
+    result = OPS[spec.op].overload(**given)
+    return {"out": result.reshape(len(result), spec.out.width)}
 
 
 def extern(spec: Extern, o: Operands, batch: Batch, device: Device) -> Outputs:
@@ -371,6 +391,7 @@ _RUN: dict[str, Callable[[Any, Operands, Batch, Device], Outputs]] = {
         latent_attend,
         route,
         experts,
+        custom,
         extern,
     )
 }

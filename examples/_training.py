@@ -198,14 +198,13 @@ def _train(
     files = [file for file in corpus.train if not (args.without_tests and file.is_test)]
     stream = torch.from_numpy(token_stream(tokenizer, files))
     _say(f"{len(files)} training files, {len(stream)} tokens")
+    options = {"dtype": torch.float32}
+    if hasattr(recipe.config, "num_experts_per_tok"):
+        options["experts_implementation"] = EXPERTS
     if args.start_from is None:
-        model = AutoModelForCausalLM.from_config(
-            recipe.config, dtype=torch.float32, experts_implementation=EXPERTS
-        )
+        model = AutoModelForCausalLM.from_config(recipe.config, **options)
     else:
-        model = AutoModelForCausalLM.from_pretrained(
-            args.start_from, dtype=torch.float32, experts_implementation=EXPERTS
-        )
+        model = AutoModelForCausalLM.from_pretrained(args.start_from, **options)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
     )

@@ -30,12 +30,16 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Op:
-    """A dialect op; ``reference`` runs it eagerly and ``shape`` says what comes out, on fake tensors."""
+    """A dialect op; ``reference`` runs it eagerly and ``shape`` says what comes out, on fake tensors.
+
+    Those that users register are ``custom``.
+    """
 
     name: str
     schema: str
     reference: Callable[..., Any]
     shape: Callable[..., Any]
+    custom: bool = False
 
     @property
     def overload(self) -> Any:
@@ -45,7 +49,7 @@ class Op:
 OPS: dict[str, Op] = {}
 
 
-def op(schema: str, shape: Callable[..., Any]) -> Callable[[_F], _F]:
+def op(schema: str, shape: Callable[..., Any], custom: bool = False) -> Callable[[_F], _F]:
     """Declare a dialect op: ``name(arguments) -> results`` in the schema language of torch."""
     name = schema.split("(")[0]
 
@@ -53,10 +57,17 @@ def op(schema: str, shape: Callable[..., Any]) -> Callable[[_F], _F]:
         _LIBRARY.define(schema)
         _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"tokenmill::{name}", shape, lib=_LIBRARY)
-        OPS[name] = Op(name, schema, reference, shape)
+        OPS[name] = Op(name, schema, reference, shape, custom)
         return reference
 
     return declare
+
+
+def custom_op(target: Any) -> Op | None:
+    """The op that a graph node's target calls, if a user registered it."""
+    known = getattr(target, "namespace", "") == "tokenmill"
+    op = OPS.get(target._schema.name.split("::")[1]) if known else None
+    return op if op is not None and op.custom else None
 
 
 def _same(x: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -222,7 +233,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, offset: int, interleaved: bool) ->
 
 def _scores_to_output(
     q: Tensor, k: Tensor, v: Tensor, first: int, sinks: Tensor | None, scale: float, window: int,
-    softcap: float,
+    softcap: float, slopes: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Softmax attention of queries ``[S, H, D]`` at positions first.. over keys ``[L, Hkv, D]``."""
     group = q.shape[1] // k.shape[1]
@@ -232,6 +243,8 @@ def _scores_to_output(
         scores = softcap * torch.tanh(scores / softcap)
     at = torch.arange(first, first + q.shape[0], device=q.device)[:, None]
     key = torch.arange(k.shape[0], device=q.device)[None]
+    if slopes is not None:
+        scores = scores + slopes[:, None, None] * (key - at)
     hidden = key > at if not window else (key > at) | (key <= at - window)
     scores = scores.masked_fill(hidden, -torch.inf)
     if sinks is not None:
@@ -243,36 +256,39 @@ def _scores_to_output(
 
 
 @op(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, float scale, int window, float softcap)"
-    " -> Tensor",
-    lambda q, k, v, sinks, scale, window, softcap: _last(q, v.shape[-1]),
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, float scale, int window, float softcap, "
+    "Tensor? slopes=None) -> Tensor",
+    lambda q, k, v, *_: _last(q, v.shape[-1]),
 )
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, window: int, softcap: float
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, window: int,
+    softcap: float, slopes: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Causal attention of one whole sequence: ``q [.., T, H, D]``, ``k, v [.., T, Hkv, D | Dv]``.
 
     A query sees itself and the window - 1 tokens before it (window 0: all).  ``sinks [H]`` are extra
-    logits in the denominator.
+    logits in the denominator.  ``slopes [H]`` bias a score by slope (j - i) for key j and query i
+    (ALiBi, Press et al. 2022).
 
     >>> one = torch.ones(2, 1, 1)
     >>> attention(one, one, torch.tensor([[[2.0]], [[4.0]]]), None, 1.0, 0, 0.0).flatten().tolist()
     [2.0, 3.0]
     """
     queries, keys, values = (t.reshape(-1, *t.shape[-2:]) for t in (q, k, v))
-    out = _scores_to_output(queries, keys, values, 0, sinks, scale, window, softcap)
+    out = _scores_to_output(queries, keys, values, 0, sinks, scale, window, softcap, slopes)
     return out.reshape(*q.shape[:-1], v.shape[-1])
 
 
 @op(
     "cached_attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor(a!) cache, "
     "Tensor positions, Tensor starts, Tensor block_table, float scale, int window, float softcap, "
-    "str format) -> Tensor",
+    "str format, Tensor? slopes=None) -> Tensor",
     lambda q, k, v, *_: _last(q, v.shape[-1]),
 )
 def cached_attention(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, cache: Tensor, positions: Tensor,
     starts: Tensor, block_table: Tensor, scale: float, window: int, softcap: float, format: str,
+    slopes: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """:func:`attention` of a ragged batch: store the step's keys and values, then attend to the cache."""
     batch = kv.Batch(positions.flatten(), starts, block_table)
@@ -286,7 +302,7 @@ def cached_attention(
         keys, values = kv.read(spec, cache, batch, b, first + hi - lo)
         keys, values = keys.unflatten(-1, (heads_kv, dim)), values.unflatten(-1, (heads_kv, -1))
         out[lo:hi] = _scores_to_output(
-            queries[lo:hi], keys, values, first, sinks, scale, window, softcap
+            queries[lo:hi], keys, values, first, sinks, scale, window, softcap, slopes
         )
     return out.reshape(*q.shape[:-1], value_dim)
 
@@ -398,17 +414,20 @@ def route(logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tenso
 
 @op(
     "experts(Tensor x, Tensor ids, Tensor weights, Tensor[] gate_up, Tensor[] down, "
-    "Tensor? residual, str gate_up_format, str down_format, str activation, bool gated) -> Tensor",
+    "Tensor? residual, str gate_up_format, str down_format, str activation, bool gated, "
+    "Tensor? gate_up_bias=None, Tensor? down_bias=None) -> Tensor",
     _same,
 )
 def experts(
     x: Tensor, ids: Tensor, weights: Tensor, gate_up: list[Tensor], down: list[Tensor],
     residual: Tensor | None, gate_up_format: str, down_format: str, activation: str, gated: bool,
+    gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """(residual +) the weighted sum of each token's experts, down(act(gate_up x)).
 
     ``gate_up [E, 2I, H]`` (gate rows first; ``[E, I, H]`` if not gated), ``down [E, H, I]``,
-    ``ids, weights [..., k]``; the activation is an expression of acc0 (and acc1).
+    ``ids, weights [..., k]``; the activation is an expression of acc0 (and acc1).  Biases are
+    ``[E, 2I]`` (or ``[E, I]``) and ``[E, H]``, both or none.
 
     >>> w = torch.ones(2, 1, 1)
     >>> args = torch.tensor([[1]]), torch.tensor([[3.0]]), [w], [w], None, "fp32", "fp32"
@@ -423,9 +442,11 @@ def experts(
     out = torch.zeros_like(tokens)
     for e in chosen.unique().tolist():
         token, slot = (chosen == e).nonzero(as_tuple=True)
-        acc = F.linear(tokens[token], up[e]).chunk(2 if gated else 1, -1)
+        acc = F.linear(tokens[token], up[e], None if gate_up_bias is None else gate_up_bias[e])
+        acc = acc.chunk(2 if gated else 1, -1)
         mid = expr.evaluate(expr.parse(activation), {f"acc{i}": a for i, a in enumerate(acc)})
-        out.index_add_(0, token, F.linear(mid, low[e]) * share[token, slot][:, None])
+        answer = F.linear(mid, low[e], None if down_bias is None else down_bias[e])
+        out.index_add_(0, token, answer * share[token, slot][:, None])
     total = out.reshape(x.shape)
     return total if residual is None else total + residual
 

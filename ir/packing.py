@@ -4,7 +4,8 @@ On a CPU: panels of 16 rows, inputs outermost.  A matrix ``[..., N, K]`` becomes
 ``[..., ceil(N/16), ceil(K/32) * 32 / u, 16 * u]``: for every ``u`` inputs the 16 rows of the panel stand side
 by side, so a kernel that walks along K reads one stream, finds 16 outputs in the lanes of a vector, and never
 sums over lanes.  ``u`` is what a multiply instruction sums per lane: 1 (fp32, fp8), 2 (bf16) or 4 (int8); of
-INT4, 64 bytes hold 8 inputs of 16 rows, the first four in the low nibbles.  INT8 is stored as value + 128,
+INT4, 64 bytes hold 8 inputs of 16 rows, the first four in the low nibbles; of a codebook, one word of 32
+inputs of each row.  INT8 is stored as value + 128,
 for that instruction multiplies unsigned by signed bytes.  Scales ``[..., N, C]`` become
 ``[..., ceil(N/16), C, 16]`` (INT8: C = 1).  Rows and inputs that do not exist are zeros.  Where ``N`` is
 several ``parts`` (gate and up), a panel of the first is followed by that of the second which holds the same
@@ -55,6 +56,8 @@ def pack_part(name: str, part: Tensor, fmt: quant.Format, rows: int, parts: int 
         if fmt.name == "fp8":
             part = part.repeat_interleave(quant.FP8_BLOCK, -2)[..., :rows, :]
         return _panels(part, 1, 0, parts, step=1)
+    if isinstance(fmt, quant.Codebook):
+        return _panels(part, 1, 0, parts, step=fmt.bits)
     if fmt.group:
         nibbles = torch.stack((part & 15, part >> 4), -1).flatten(-2)
         low, high = _panels(nibbles, 8, 8, parts).unflatten(-1, (PANEL, 2, 4)).unbind(-2)
@@ -100,6 +103,8 @@ def _unpack_part(name: str, part: Tensor, fmt: quant.Format, n: int, k: int, par
         if fmt.name == "int8":
             return rows[..., 0]
         return rows[..., :: quant.FP8_BLOCK, :] if fmt.name == "fp8" else rows
+    if isinstance(fmt, quant.Codebook):
+        return _rows(part, 1, n, part.shape[-2], parts)
     if fmt.group:
         halves = part.unflatten(-1, (PANEL, 4))
         values = torch.stack((halves & 15, halves >> 4), -2).flatten(-3)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 from . import quant
@@ -229,7 +230,8 @@ class Attend:
     """Causal grouped-query attention over a paged cache of keys [heads_kv, head_dim] and values.
 
     A query at position p sees keys j with p - window < j <= p (window 0: all before it).  ``softcap`` c
-    maps scores to c tanh(s / c); ``sinks`` adds one logit per head to the denominator.
+    maps scores to c tanh(s / c); ``sinks`` adds one logit per head to the denominator; ``slopes`` one times
+    j - p to every score (ALiBi).
     """
 
     kind: ClassVar[str] = "attend"
@@ -242,10 +244,12 @@ class Attend:
     window: int = 0
     softcap: float = 0.0
     sinks: bool = False
+    slopes: bool = False
 
     @property
     def params(self) -> tuple[str, ...]:
-        return ("q", *(("sinks",) if self.sinks else ()), "cache", "out")
+        flags = {"sinks": self.sinks, "slopes": self.slopes}
+        return ("q", *(name for name, there in flags.items() if there), "cache", "out")
 
     @property
     def cache(self) -> CacheSpec:
@@ -302,7 +306,8 @@ class Experts:
     """out[t] = (residual[t] +) sum_j weights[t, j] down_e(act(gate_up_e(x[t]))), e = ids[t, j].
 
     ``gate_up`` is [experts, 2 inter, hidden] (gate rows first; [experts, inter, hidden] if not
-    ``gated``), ``down`` [experts, hidden, inter].  ``activation`` is an expression of acc0 (and acc1).
+    ``gated``), ``down`` [experts, hidden, inter], both with biases if ``biased``.  ``activation`` is an
+    expression of acc0 (and acc1).
     Weights of experts that no token chose are never read.
     """
 
@@ -316,12 +321,15 @@ class Experts:
     activation: str = "silu(acc0) * acc1"
     gated: bool = True
     residual: bool = False
+    biased: bool = False
 
     @property
     def params(self) -> tuple[str, ...]:
         up = tuple(f"gate_up_{p}" for p in quant.parse(self.gate_up_format).parts)
         down = tuple(f"down_{p}" for p in quant.parse(self.down_format).parts)
-        return ("x", "ids", "weights", *up, *down, *(("residual",) if self.residual else ()), "out")
+        biases = ("gate_up_bias", "down_bias") if self.biased else ()
+        residual = ("residual",) if self.residual else ()
+        return ("x", "ids", "weights", *up, *down, *biases, *residual, "out")
 
 
 @dataclass(frozen=True)
@@ -356,6 +364,43 @@ class Extern:
         return (*self.operands, "out")
 
 
+@dataclass(frozen=True)
+class Shaped:
+    """A tensor that a custom op takes: a row of an activation has ``shape``, a weight is whole."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    weight: bool = False
+
+    @property
+    def width(self) -> int:
+        """Numbers in it."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Custom:
+    """out = op(operands, attributes) for every row by itself, an ``op`` of :mod:`tokenmill.extend`.
+
+    ``attributes`` are the arguments that are no tensors, by name; a row of the result has ``shape``.
+    """
+
+    kind: ClassVar[str] = "custom"
+    op: str
+    operands: tuple[Shaped, ...]
+    attributes: tuple[tuple[str, int | float | bool | str | None], ...]
+    shape: tuple[int, ...]
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        return (*(o.name for o in self.operands), "out")
+
+    @property
+    def out(self) -> Shaped:
+        return Shaped("out", self.shape, "f32")
+
+
 KernelSpec: TypeAlias = (
     Embed
     | SelectRows
@@ -368,6 +413,7 @@ KernelSpec: TypeAlias = (
     | LatentAttend
     | Route
     | Experts
+    | Custom
     | Extern
 )
 KINDS: dict[str, type[KernelSpec]] = {cls.kind: cls for cls in get_args(KernelSpec)}
@@ -433,6 +479,10 @@ def load_spec(data: Mapping[str, Any]) -> KernelSpec:
         fields["router"] = RouterSpec(**fields["router"])
     if cls is CacheWrite:
         fields["parts"] = [Part(**p) for p in fields["parts"]]
+    if cls is Custom:
+        shaped = [o | {"shape": tuple(o["shape"])} for o in fields["operands"]]
+        fields["operands"] = [Shaped(**o) for o in shaped]
+        fields["attributes"] = [(name, value) for name, value in fields["attributes"]]
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     return cls(**values)
 

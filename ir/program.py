@@ -8,6 +8,7 @@ huge model stays small.  Every stage runs: :meth:`Program.run` executes the grap
 from __future__ import annotations
 
 import copy
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from . import cache as kv
 from . import ops  # noqa: F401  (registers the dialect)
 from .cache import CacheSpec
+from .infer import Memo
 
 
 class Stage(IntEnum):
@@ -43,6 +45,7 @@ class _Derived:
     sources: tuple[str, ...]
     origins: tuple[str, ...]
     each: bool = False  # of every matrix of a stack alone
+    replaces: bool = False  # its one origin, in the same model
 
 
 class Weights:
@@ -62,6 +65,8 @@ class Weights:
         self._settled: dict[str, Callable[[], Tensor]] = {}
         self._readers: dict[str, Callable[[int], Tensor]] = {}
         self._meta: dict[str, Tensor] = {}
+        self._by_row: dict[str, Callable[..., Tensor]] = {}
+        self._shapes = Memo()
         # By derivation and not by name: copies share results, and may derive one name in different ways.
         self._memo: OrderedDict[_Derived, Tensor] = OrderedDict()
 
@@ -84,17 +89,31 @@ class Weights:
         *sources: str,
         origins: Sequence[str] | None = None,
         each: bool = False,
+        rows: Callable[..., Tensor] | None = None,
     ) -> None:
         """Add ``name = function(*sources)``; the function must also run on meta tensors.
 
         ``origins`` are the sources that :meth:`roots` follows, all unless told: a matrix with a norm's
-        weight folded in is still that matrix.  With ``each`` the function treats the matrices of a stack
-        ``[E, N, K]`` one like the other, so it is given one at a time and its temporaries stay small.
+        weight folded in is still that matrix, and :meth:`stands_for` it.  With ``each`` the function treats
+        the matrices of a stack ``[E, N, K]`` one like the other, so it is given one at a time and its
+        temporaries stay small.
+        ``rows(index, *sources)`` yields the same as ``function(*sources)[index]``, at less cost.
         """
         if name in self:
             raise ValueError(f"weight {name!r} exists")
         followed = sources if origins is None else tuple(origins)
-        self._derived[name] = _Derived(function, sources, followed, each)
+        replaces = origins is not None and len(followed) == 1
+        self._derived[name] = _Derived(function, sources, followed, each, replaces)
+        if rows is not None:
+            self._by_row[name] = rows
+
+    def rows(self, name: str, index: Tensor) -> Tensor:
+        """Rows of a weight, without the others where that was said to be possible."""
+        known = name in self._given or name in self._settled or self._derived[name] in self._memo
+        if known or name not in self._by_row:
+            return self[name][index]
+        with torch.no_grad():
+            return self._by_row[name](index, *(self[s] for s in self.sources(name)))
 
     def read(
         self,
@@ -113,9 +132,9 @@ class Weights:
             self._readers[name] = member
 
     def settle(self, name: str, source: Callable[[], Tensor]) -> None:
-        """Let a derived weight be what ``source`` yields, instead of what would be computed."""
-        if name not in self._derived:
-            raise ValueError(f"weight {name!r} is not derived")
+        """Let a weight be what ``source`` yields, instead of what was given or would be computed."""
+        if name not in self:
+            raise ValueError(f"there is no weight {name!r}")
         self._settled[name] = source
         self._memo = OrderedDict()  # what was computed from the name is void, but not for copies
 
@@ -131,17 +150,24 @@ class Weights:
             if name in self._given:
                 self._meta[name] = self._given[name].to("meta")
             else:
-                derived = self._derived[name]
-                with torch.no_grad():
-                    value = derived.function(*map(self.like, derived.sources))
-                self._meta[name] = value.to("meta")
+                self._meta[name] = self._inferred(name)
         return self._meta[name]
 
+    def _inferred(self, name: str) -> Tensor:
+        """Of a stack only one matrix is looked at: a function may take them apart itself."""
+        derived = self._derived[name]
+        sources = [self.like(s) for s in derived.sources]
+        count = len(sources[0]) if self._is_stack(name) else 0
+        with torch.no_grad():
+            value = self._shapes.call(derived.function, [s[0] if count else s for s in sources])
+        value = value.to("meta")
+        return value.new_empty([count, *value.shape]) if count else value
+
     def __getitem__(self, name: str) -> Tensor:
-        if name in self._given:
-            return self._given[name]
         if name in self._settled:
             return self._settled[name]()
+        if name in self._given:
+            return self._given[name]
         derived = self._derived[name]
         if derived in self._memo:
             self._memo.move_to_end(derived)
@@ -194,6 +220,17 @@ class Weights:
         """The weights that ``name`` is computed from; none if it came with the model."""
         return self._derived[name].sources if name in self._derived else ()
 
+    def derivation(self, name: str) -> tuple[Callable[..., Tensor], tuple[str, ...]] | None:
+        """What ``name`` is computed by, and from which weights; None if it came with the model."""
+        if not (sources := self.sources(name)):
+            return None
+        return self._derived[name].function, sources
+
+    def stands_for(self, name: str) -> str | None:
+        """The weight whose place ``name`` took, by a pass that changed others so that the model stays."""
+        derived = self._derived.get(name)
+        return derived.origins[0] if derived is not None and derived.replaces else None
+
     def roots(self, name: str) -> list[str]:
         """The weights that ``name`` comes from in the end; itself if it comes from no other."""
         if name in self._given or not self._derived[name].origins:
@@ -204,7 +241,8 @@ class Weights:
     def copy(self) -> Weights:
         twin = Weights(self._given, self.memo_bytes)
         twin._derived, twin._settled = dict(self._derived), dict(self._settled)
-        twin._readers, twin._meta, twin._memo = dict(self._readers), self._meta, self._memo
+        twin._readers, twin._meta, twin._memo = dict(self._readers), dict(self._meta), self._memo
+        twin._by_row, twin._shapes = dict(self._by_row), self._shapes
         return twin
 
 
@@ -230,13 +268,22 @@ class Program:
     caches: list[CacheSpec] = field(default_factory=list)
     name: str = "model"
     parameters: int = 0  # of the model as it came, tied ones counted once
+    _shapes: Memo = field(default_factory=Memo, init=False, repr=False, compare=False)
+    _found: dict[str, fx.Node] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def fake_mode(self) -> FakeTensorMode:
         return self.input("ids").meta["val"].fake_mode
 
     def input(self, name: str) -> fx.Node:
-        return next(n for n in self.graph.nodes if n.op == "placeholder" and n.target == name)
+        return self.first(name, lambda n: n.op == "placeholder" and n.target == name)
+
+    def first(self, key: str, wanted: Callable[[fx.Node], bool]) -> fx.Node:
+        """The first node that is wanted; known under ``key`` as long as it is in the graph."""
+        node = self._found.get(key)
+        if node is None or node._erased or not wanted(node):
+            node = self._found[key] = next(n for n in self.graph.nodes if wanted(n))
+        return node
 
     @property
     def output(self) -> fx.Node:
@@ -250,10 +297,17 @@ class Program:
         graph.output(result)
         for old, new in values.items():
             new.meta = dict(old.meta)
-        return Program(
+        twin = Program(
             graph, self.weights.copy(), self.vocab, self.positions, self.stage,
             copy.copy(self.caches), self.name, self.parameters,
         )  # fmt: skip
+        twin._shapes = self._shapes
+        return twin
+
+    def adopt(self, other: Program) -> None:
+        """Become what a rewritten copy is, which is not to be used any more."""
+        self.graph, self.weights, self.stage = other.graph, other.weights, other.stage
+        self._found.clear()
 
     def used_weights(self) -> list[str]:
         return list(dict.fromkeys(n.target for n in self.graph.nodes if n.op == "get_attr"))
@@ -282,11 +336,11 @@ class Program:
             (node.args, node.kwargs), lambda a: a.meta["val"] if isinstance(a, fx.Node) else a
         )
         with self.fake_mode, torch.no_grad():
-            return node.target(*args, **kwargs)
+            return self._shapes.call(node.target, args, kwargs)
 
     def fake(self, like: Tensor) -> Tensor:
         with self.fake_mode:
-            return torch.empty(like.shape, dtype=like.dtype)
+            return self._shapes.call(torch.empty, [tuple(like.shape)], {"dtype": like.dtype})
 
     # --- running ---
 
@@ -359,15 +413,30 @@ def is_weight(node: Any) -> bool:
 
 def where(node: fx.Node) -> str:
     """The place in the user's model: module path and source line, as far as tracing kept them."""
-    path = module_path(node)
+    file, code = _source(node)
+    source = f"{file}: {code}" if code else file
+    return ", ".join(p for p in (module_path(node), source) if p) or f"node {node.name}"
+
+
+def source_line(node: fx.Node) -> tuple[str, str]:
+    """The innermost frame, ``File "name.py", line 3, in forward``, and its code; empty if unknown.
+
+    Of the file it says the name alone, which is the same on every machine.
+    """
+    file, code = _source(node)
+    return _DIRECTORY.sub('"', file), code
+
+
+_DIRECTORY = re.compile(r'"[^"]*[/\\](?=[^"/\\]*")')
+
+
+def _source(node: fx.Node) -> tuple[str, str]:
     trace = (node.meta.get("stack_trace") or "").strip().splitlines()
     files = [i for i, line in enumerate(trace) if line.lstrip().startswith("File ")]
-    source = ""
-    if files:
-        last = files[-1]
-        code = trace[last + 1].strip() if last + 1 < len(trace) else ""
-        source = f"{trace[last].strip()}: {code}" if code else trace[last].strip()
-    return ", ".join(p for p in (path, source) if p) or f"node {node.name}"
+    if not files:
+        return "", ""
+    last = files[-1]
+    return trace[last].strip(), trace[last + 1].strip() if last + 1 < len(trace) else ""
 
 
 def module_path(node: fx.Node) -> str:

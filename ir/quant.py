@@ -10,10 +10,14 @@ fp32, bf16  ``w  [..., N, K]``                              none
 int8        ``q  [..., N, K]`` int8                         fp32 ``[..., N]``
 int4-gG     ``q  [..., N, ceil(K/2)]`` uint8                bf16 ``[..., N, ceil(K/G)]``
 fp8         ``q  [..., N, K]`` float8_e4m3fn                fp32 ``[..., ceil(N/128), ceil(K/128)]``
+codebook    ``q  [..., N, bits * ceil(K/32)]`` int32        bf16 ``[..., N, ceil(K/G)]``
 ==========  ==============================================  ===================================
 
 INT4 stores ``value + 8``, the element with the even index in the low nibble; the last group of a row
 may be shorter than G, and an odd K is padded with one zero (nibble 8).
+
+A codebook is a format of the user's own (:class:`Codebook`).  It stores numbers of table entries, 32 inputs
+in ``bits`` words: bit i of the word b is bit b of the number of input i.
 
 Kernels on a CPU multiply in the arithmetic of the weight: BF16 weights with inputs rounded to BF16, INT8 and
 INT4 weights with inputs rounded to INT8, one scale per 32 of them and token (:func:`round_inputs`).
@@ -28,9 +32,8 @@ INT4 weights with inputs rounded to INT8, one scale per 32 of them and token (:f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +42,7 @@ from torch import Tensor
 FP8_BLOCK = 128
 FP8_MAX = 448.0
 INPUT_GROUP = 32
+CODES = 32  # of a codebook that stand together
 _ROWS = (
     64 * FP8_BLOCK
 )  # of a large matrix that are rounded together, so that temporaries stay small
@@ -69,6 +73,72 @@ class Format:
                 return n * -(-k // 2) + 2 * n * -(-k // self.group)
 
 
+@dataclass(frozen=True)
+class Codebook(Format):
+    """A weight is ``values[code] * scale``; one bf16 scale per row and ``group`` inputs.
+
+    ``values`` are up to 256 rising numbers.  ``fit`` chooses scales ``[...]`` for the weights ``[..., G]``
+    that share one; left out, the largest magnitude of a group maps to that of the table.
+
+    >>> ternary = Codebook("ternary", values=(-1.0, 0.0, 1.0), group=32)
+    >>> parts = quantize(torch.tensor([[0.5, -0.125, 0.0, -0.5]]), ternary)
+    >>> parts["q"].tolist(), parts["scale"].tolist()  # codes 2 1 1 0: their low bits, their high bits
+    ([[6, 1]], [[0.5]])
+    >>> dequantize(parts, ternary, 4).tolist()
+    [[0.5, 0.0, 0.0, -0.5]]
+    """
+
+    bits: int = field(init=False, default=0)
+    values: tuple[float, ...] = ()
+    fit: Callable[[Tensor], Tensor] | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        values = torch.tensor(self.values, dtype=torch.float32)
+        if not 2 <= len(values) <= 256 or not bool((values.diff() > 0).all()):
+            raise ValueError(f"format {self.name!r}: values must be 2 to 256 numbers that rise")
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError(f"format {self.name!r}: values must be finite")
+        if self.group < CODES or self.group % CODES:
+            raise ValueError(f"format {self.name!r}: group must be a multiple of {CODES}")
+        object.__setattr__(self, "values", tuple(values.tolist()))
+        object.__setattr__(self, "bits", (len(values) - 1).bit_length())
+
+    def bytes(self, n: int, k: int) -> int:
+        return n * (4 * self.bits * -(-k // CODES) + 2 * -(-k // self.group))
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Numbers of the entries next to ``x``, which is in units of the scale."""
+        table = torch.tensor(self.values, device=x.device)
+        return torch.bucketize(x, (table[1:] + table[:-1]) / 2)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """The entries, fp32."""
+        return torch.tensor(self.values, device=codes.device)[codes]
+
+    def scales(self, w: Tensor) -> Tensor:
+        whole = w.shape[-1] // self.group * self.group
+        parts = [w[..., :whole].unflatten(-1, (-1, self.group)), w[..., None, whole:]]
+        return torch.cat([self._fitted(p) for p in parts if p.numel()], -1).bfloat16()
+
+    def _fitted(self, groups: Tensor) -> Tensor:
+        if self.fit is not None:
+            return self.fit(groups)
+        return groups.abs().amax(-1) / max(map(abs, self.values))
+
+    def pack(self, codes: Tensor) -> Tensor:
+        inputs = F.pad(codes.int(), (0, -codes.shape[-1] % CODES)).unflatten(-1, (-1, CODES))
+        at = torch.arange(CODES, dtype=torch.int32, device=codes.device)
+        words = [((inputs >> b & 1) << at).sum(-1, dtype=torch.int32) for b in range(self.bits)]
+        return torch.stack(words, -1).flatten(-2)
+
+    def unpack(self, q: Tensor, k: int) -> Tensor:
+        """The codes ``[..., k]`` that :meth:`pack` was given."""
+        at = torch.arange(CODES, dtype=torch.int32, device=q.device)
+        words = q.unflatten(-1, (-1, self.bits)).unbind(-1)
+        codes = sum((word[..., None] >> at & 1) << b for b, word in enumerate(words))
+        return codes.flatten(-2)[..., :k]
+
+
 _FORMATS = {
     f.name: f
     for f in (
@@ -79,15 +149,25 @@ _FORMATS = {
         *(Format(f"int4-g{g}", 4, g) for g in (32, 64, 128)),
     )
 }
-NAMES = tuple(_FORMATS)
+NAMES = tuple(_FORMATS)  # without the codebooks that users add
 
 
-@lru_cache(maxsize=64)
 def parse(name: str) -> Format:
     """A format by name; raises ValueError with the known names."""
     if name not in _FORMATS:
         raise ValueError(f"unknown weight format {name!r}: one of {', '.join(_FORMATS)}")
     return _FORMATS[name]
+
+
+def known(name: str) -> bool:
+    """Whether :func:`parse` knows a format."""
+    return name in _FORMATS
+
+
+def register(book: Codebook) -> None:
+    """Let :func:`parse` know a codebook; raises ValueError if the name stands for another format."""
+    if _FORMATS.setdefault(book.name, book) != book:
+        raise ValueError(f"format {book.name!r} exists already, and is another one")
 
 
 def quantize(w: Tensor, fmt: Format) -> dict[str, Tensor]:
@@ -110,6 +190,8 @@ def quantize(w: Tensor, fmt: Format) -> dict[str, Tensor]:
 
 def scales(w: Tensor, fmt: Format) -> Tensor:
     """The scales with which no value of ``w [..., N, K]`` (fp32) leaves the format's range."""
+    if isinstance(fmt, Codebook):
+        return fmt.scales(w)
     match fmt.name:
         case "int8":
             return w.abs().amax(-1).div(127.0)
@@ -146,6 +228,8 @@ def snap(x: Tensor, fmt: Format) -> Tensor:
     >>> snap(torch.tensor([7.6, -9.0, 0.5]), parse("int4-g32")).tolist()
     [7.0, -8.0, 0.0]
     """
+    if isinstance(fmt, Codebook):
+        return fmt.decode(fmt.codes(x))
     match fmt.name:
         case "int8":
             return x.round().clamp(-127.0, 127.0)
@@ -157,6 +241,8 @@ def snap(x: Tensor, fmt: Format) -> Tensor:
 
 def pack(values: Tensor, fmt: Format) -> Tensor:
     """The part ``q`` that stores numbers which :func:`snap` yields."""
+    if isinstance(fmt, Codebook):
+        return fmt.pack(fmt.codes(values))
     match fmt.name:
         case "int8":
             return values.to(torch.int8)
@@ -172,9 +258,12 @@ def dequantize(parts: Mapping[str, Tensor], fmt: Format, k: int) -> Tensor:
     if "w" in parts:
         return parts["w"].float()
     q, scale = parts["q"], parts["scale"]
-    values = q.float()
-    if fmt.bits == 4:
+    if isinstance(fmt, Codebook):
+        values = fmt.decode(fmt.unpack(q, k))
+    elif fmt.bits == 4:
         values = torch.stack((q & 15, q >> 4), -1).flatten(-2)[..., :k].float() - 8.0
+    else:
+        values = q.float()
     return values * spread(scale, fmt, (*q.shape[:-1], k))
 
 
@@ -185,6 +274,8 @@ def round_inputs(x: Tensor, fmt: Format) -> Tensor:
             return x
         case "bf16":
             return x.bfloat16().float()
+    if isinstance(fmt, Codebook):
+        return x
     k = x.shape[-1]
     groups = F.pad(x, (0, -k % INPUT_GROUP)).unflatten(-1, (-1, INPUT_GROUP))
     scale = groups.abs().amax(-1, keepdim=True) / 127.0

@@ -152,7 +152,7 @@ def _change(
     old = str(weight_at(node, at).target)
     # Copies of a program share what they computed by name: other scales need another name.
     name = program.weights.fresh(f"{old}.balanced#{zlib.crc32(s.numpy().tobytes()):08x}")
-    program.weights.derive(name, partial(how, s, *rest), old)
+    program.weights.derive(name, partial(how, s, *rest), old, origins=[old])
     set_weight(program, node, at, name)
 
 
@@ -317,6 +317,8 @@ def _after_attention(node: fx.Node, formats: _Formats) -> Site | None:
 def _within_experts(node: fx.Node, formats: _Formats) -> Site | None:
     """Every expert's up projection, then its down projection, with scales of their own."""
     if not is_call(node, mill.experts) or (scaling := _scaling(node.args[8])) is None:
+        return None
+    if len(node.args) > 10:  # biases, which would have to shrink too
         return None
     part, power = scaling
     inner = int(shape(weight_at(node, 4))[-1])

@@ -88,7 +88,7 @@ def same_size(a: Any, b: Any) -> bool:
 
 def token_count(program: Program) -> fx.Node:
     """The node of the step's token count, the only one after canonicalization."""
-    return next(calls(program, aten.sym_size))
+    return program.first("tokens", lambda n: is_call(n, aten.sym_size))
 
 
 def tokens_outermost(program: Program, node: fx.Node) -> bool:

@@ -114,16 +114,19 @@ class Calibrate(Pass):
         x, ids, shares = (
             torch.cat([v.flatten(0, -2) for v in walk.values[a]]) for a in node.args[:3]
         )
-        residual, _, _, activation, gated = node.args[5:]
+        residual, _, _, activation, gated, *biases = node.args[5:]
+        add_up, add_down = (program.weights[b.target] for b in biases) if biases else (None, None)
         up, down = (self._matrices(program, walk, node, at, weights.get(at)) for at in (3, 4))
         out, starved = torch.zeros_like(x), 0
         for e in range(up.count):
             token, slot = (ids == e).nonzero(as_tuple=True)
             rows, share = x[token], shares[token, slot][:, None]
             starved += len(rows) < FEWEST_ROWS
-            acc = F.linear(rows, up.rounded(e, rows, share)).chunk(2 if gated else 1, -1)
+            bias = None if add_up is None else add_up[e]
+            acc = F.linear(rows, up.rounded(e, rows, share), bias).chunk(2 if gated else 1, -1)
             mid = expr.evaluate(expr.parse(activation), {f"acc{i}": a for i, a in enumerate(acc)})
-            out.index_add_(0, token, F.linear(mid, down.rounded(e, mid, share)) * share)
+            bias = None if add_down is None else add_down[e]
+            out.index_add_(0, token, F.linear(mid, down.rounded(e, mid, share), bias) * share)
         if starved:
             self.starved.append(
                 f"{starved} of {up.count} experts of {weights[min(weights)].name} saw fewer "

@@ -23,6 +23,7 @@ from .base import (
     sweep,
     token_count,
 )
+from .contractions import Contraction
 from .region import dependents, fold, is_token_count
 
 
@@ -39,6 +40,7 @@ class Canonicalize(Pass):
                 if rule(program, node):
                     matches += 1
                     break
+        matches += _linears(program) + _constants(program)
         sweep(program)
         return matches
 
@@ -180,6 +182,116 @@ def double_transpose(program: Program, node: fx.Node) -> bool:
     return True
 
 
+_SYNONYMS = {
+    aten.concat.default: aten.cat.default,
+    aten.min.other: aten.minimum.default,
+    aten.max.other: aten.maximum.default,
+}
+
+
+def _respell(program: Program, node: fx.Node) -> bool:
+    """Ops that are sums of others: addmm(b, x, W) = b + x W, and baddbmm likewise."""
+    if node.target in _SYNONYMS:
+        node.target = _SYNONYMS[node.target]
+        return False
+    if not is_call(node, aten.addmm, aten.baddbmm):
+        return False
+    product = aten.mm.default if is_call(node, aten.addmm) else aten.bmm.default
+    beta, alpha = (node.kwargs.get(name, 1) for name in ("beta", "alpha"))
+    with program.graph.inserting_before(node):
+        total = program.call(product, *node.args[1:3], like=node)
+        if alpha != 1:
+            total = program.call(aten.mul.Tensor, total, alpha, like=node)
+        base = node.args[0]
+        if beta not in (0, 1):
+            base = program.call(aten.mul.Tensor, base, beta, like=node)
+        if beta != 0:
+            total = program.call(aten.add.Tensor, total, base, like=node)
+    replace(program, node, total)
+    return True
+
+
+_LIKE = {aten.zeros_like: 0, aten.new_zeros: 0, aten.ones_like: 1, aten.new_ones: 1}
+
+
+def _constants(program: Program) -> int:
+    """zeros_like(x) = full(sizes of x, 0): it says nothing about x but its shape."""
+    ids = program.input("ids")
+    return sum(_constant(program, n) for n in sorted(dependents(program, lambda n: n is ids)))
+
+
+def _constant(program: Program, node: fx.Node) -> bool:
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet in _LIKE:
+        value = _LIKE[packet]
+    elif is_call(node, aten.full_like, aten.new_full) and not isinstance(node.args[-1], fx.Node):
+        value = node.args[-1]
+    else:
+        return False
+    sizes = _sizes(program, node)
+    if sizes is None:
+        return False
+    with program.graph.inserting_before(node):
+        dtype = node.meta["val"].dtype
+        new = program.call(aten.full.default, sizes, value, dtype=dtype, like=node)
+    replace(program, node, new)
+    return True
+
+
+def _linears(program: Program) -> int:
+    """x @ W = linear(x, W^T), linear(x, W) + b = linear(x, W, b), for what depends on weights alone."""
+    moving = dependents(program, lambda n: n.op == "placeholder") | _sized(program)
+    found = 0
+    for node in list(program.graph.nodes):
+        if node in moving:
+            found += _product(program, node, moving) or _bias(program, node, moving)
+    return found
+
+
+def _product(program: Program, node: fx.Node, moving: set[fx.Node]) -> bool:
+    read = Contraction.read(node)
+    if read is None or read.right in moving or len(read.right_dims) != 2:
+        return False
+    rows, inner = read.left_dims[:-1], read.left_dims[-1]
+    if inner not in read.right_dims or read.out_dims[:-1] != rows:
+        return False
+    weight = read.right
+    with program.graph.inserting_before(node):
+        if read.right_dims[0] == inner:  # [K, N]
+            stored = is_call(weight, aten.t) or (
+                is_call(weight, aten.transpose) and len(shape(weight)) == 2
+            )
+            weight = (
+                weight.args[0]
+                if stored
+                else program.call(aten.transpose.int, weight, 0, 1, like=node)
+            )
+        new = program.call(aten.linear.default, read.left, weight, like=node)
+    replace(program, node, new)
+    moving.add(new)
+    return True
+
+
+def _bias(program: Program, node: fx.Node, moving: set[fx.Node]) -> bool:
+    if not is_call(node, aten.add) or len(node.args) != 2 or node.kwargs:
+        return False
+    for product, bias in (node.args, reversed(node.args)):
+        if (
+            is_call(product, aten.linear)
+            and (len(product.args) == 2 or product.args[2] is None)
+            and len(product.users) == 1
+            and isinstance(bias, fx.Node)
+            and bias not in moving
+            and shape(bias) == shape(product)[-1:]
+        ):
+            with program.graph.inserting_before(node):
+                new = program.call(aten.linear.default, *product.args[:2], bias, like=product)
+            replace(program, node, new)
+            moving.add(new)
+            return True
+    return False
+
+
 def _size_arithmetic(program: Program, node: fx.Node) -> bool:
     """Integer arithmetic that comes out as T, or as a plain number."""
     if not is_call(node, operator.mul, operator.add, operator.sub, operator.floordiv):
@@ -192,6 +304,7 @@ def _size_arithmetic(program: Program, node: fx.Node) -> bool:
 
 
 _RULES: tuple[Callable[[Program, fx.Node], bool], ...] = (
+    _respell,
     _size_arithmetic,
     _drop_identity,
     _unit_factor,

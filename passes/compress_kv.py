@@ -64,8 +64,15 @@ class _Match(NamedTuple):
 
 def _match(node: fx.Node) -> _Match | None:
     """The parts of an attention over one latent, if caching that is smaller."""
-    q, k, v, sinks, _, window, softcap = node.args
-    if sinks is not None or window or softcap or not is_call(k, aten.cat) or len(k.args[0]) != 2:
+    q, k, v, sinks, _, window, softcap, *slopes = node.args
+    if (
+        sinks is not None
+        or window
+        or softcap
+        or slopes
+        or not is_call(k, aten.cat)
+        or len(k.args[0]) != 2
+    ):
         return None
     unrotated, expanded = k.args[0]
     keys, values = _projection(unrotated), _projection(v)

@@ -1,194 +1,698 @@
-"""Recognise experts that are spelled out as a loop over modules."""
+"""Recognise experts, however a token's choice is carried out.
+
+People loop over experts with where, masks or one-hot rows, let every expert see every token, copy tokens to
+experts and back by einsum, or gather the weights of the chosen.  All of them compute
+
+    out[t] = sum_j weights[t, j] f(x[t]; W[ids[t, j]])
+
+from three values: x, ids and weights.  So the block is cut out between these and its result, the matrices and
+what lies between them are read off the graph, and what was read is compared with the block on random tokens.
+"""
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
+from typing import Any
 
+import networkx as nx
 import torch
 from torch import Tensor, fx
 
 from ..ir import expr
+from ..ir.expr import Const, Expr, Ref
 from ..ir.ops import experts as experts_reference
-from ..ir.program import Program, is_weight, shape
-from .base import Pass, ancestors, aten, behind_reshapes, calls, is_call, mill, replace, sweep
-from .region import Region
-
-_ACTIVATIONS = (
-    *(
-        f"{fn}(acc{a}){rest}"
-        for fn in ("silu", "gelu", "gelu_tanh", "relu", "sigmoid", "tanh")
-        for a, rest in ((0, " * acc1"), (1, " * acc0"), (0, ""))
-    ),
-    "square(relu(acc0))",
-    "square(relu(acc0)) * acc1",
-    "square(relu(acc1)) * acc0",
+from ..ir.program import Program, Weights, is_weight, shape
+from .base import (
+    Pass,
+    ancestors,
+    aten,
+    behind_reshapes,
+    calls,
+    is_call,
+    mill,
+    replace,
+    sweep,
+    token_count,
+    tokens_outermost,
 )
+from .contractions import Contraction
+from .region import Region, dataflow, is_token_count
+from .scalar import RULES
+from .views import features
+
+_TOKENS = 33  # of a comparison
+_RESULTS, _CUTS = (
+    4,
+    12,
+)  # how many candidates are tried for the end of a block, and for its beginning
 
 
 @dataclass
 class FuseExperts(Pass):
-    """for e: out[t_e] += w[t_e, j_e] f_e(x[t_e]) = experts(x, ids, w, stacked weights)
-
-    Export unrolls the loop into a chain of index_add, one link per expert.  The roles of the link's tensors
-    are read off its shape; what they compute together is then checked against the op on random tokens.
-    """
+    """sum over chosen e of w_e f_e(x) = experts(x, ids, weights, stacked weights)"""
 
     name = "fuse_experts"
 
     def run(self, program: Program) -> int:
+        routed = _routed(program)
+        chosen = [n for n in _choices(program) if n not in routed]
+        if not chosen:
+            return 0
+        ends = _Ends(program)
         matches = 0
-        for last in calls(program, aten.index_add):
-            if any(is_call(u, aten.index_add) and u.args[0] is last for u in last.users):
-                continue
-            links = _chain(last)
-            if links is None or (block := _Block.read(program, links)) is None:
-                continue
-            if not block.verified(program, last):
-                continue
-            with program.graph.inserting_before(last):
-                replace(program, last, block.build(program, last))
-            matches += 1
+        for ids in chosen:
+            block = next(_blocks(program, ids, ends), None)
+            if block is not None:
+                block.fuse(program)
+                matches += 1
         sweep(program)
         return matches
 
 
+# --- where a block begins and ends ------------------------------------------------------------------
+
+
+def _routed(program: Program) -> set[fx.Node]:
+    """The routers of experts that are one op already."""
+    return {
+        n
+        for node in calls(program, mill.experts)
+        for operand in node.args[1:3]
+        for n in ancestors(operand, lambda n: is_call(n, aten.linear))
+    }
+
+
+def _choices(program: Program) -> Iterator[fx.Node]:
+    """Ids of chosen experts: whatever says at which place of a row its largest numbers are."""
+    for node in calls(program, aten.topk, aten.max, aten.sort):
+        if isinstance(node.meta["val"], tuple | list):
+            yield from (u for u in node.users if u.args[1:] == (1,))
+    yield from calls(program, aten.argmax, aten.argsort)
+
+
+class _Ends:
+    """Through which nodes everything that a node computes reaches the output."""
+
+    def __init__(self, program: Program) -> None:
+        flow = dataflow(program).reverse(copy=False)
+        self.next = nx.immediate_dominators(flow, program.output)
+
+    def after(self, node: fx.Node) -> Iterator[fx.Node]:
+        while node in self.next and (after := self.next[node]) is not node:
+            node = after
+            yield node
+
+
+def _blocks(program: Program, ids: fx.Node, ends: _Ends) -> Iterator[_Block]:
+    results = [n for n in ends.after(ids) if _is_rows(program, n)]
+    tried = 0
+    for result in results:
+        if is_call(result, aten.reshape):  # the same numbers as before it
+            continue
+        tried += 1
+        if tried > _RESULTS:
+            return
+        for cut in _cuts(program, ids, result):
+            yield from _readings(program, cut)
+
+
+def _is_rows(program: Program, node: fx.Node, width: int | None = None) -> bool:
+    """Whether the node is one vector per token (of that width)."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
+    if node.op != "call_function" or not tokens_outermost(program, node):
+        return False
+    row = features(node) or ()
+    return len(row) == 1 and width in (None, row[0])
+
+
+def _between(start: fx.Node, end: fx.Node) -> set[fx.Node]:
+    """``start`` and what depends on it, up to ``end``."""
+    seen, stack = {start}, [start]
+    while stack:
+        for user in stack.pop().users:
+            if user not in seen and not end < user:
+                seen.add(user)
+                stack.append(user)
+    return seen
+
+
 @dataclass
-class _Link:
-    """One expert's contribution."""
+class _Cut:
+    """A block as a function of these; ``shares`` are ``[T, k]``, ``[T, E]`` where ``ids`` is None."""
 
-    expert: int
+    result: fx.Node
     x: fx.Node
-    ids: fx.Node
-    shares: fx.Node
-    up: list[fx.Node]  # one or two linears of x[t], in graph order
-    down: fx.Node
+    ids: fx.Node | None
+    shares: fx.Node | None
+    base: fx.Node | None  # what the sum begins with
+    top_k: int
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        found = (self.x, self.ids, self.shares, self.base)
+        return [n for n in found if n is not None]
 
 
-def _chain(last: fx.Node) -> list[_Link] | None:
-    """The links from the first expert to ``last``; None if anything is out of the ordinary."""
-    links, at = list[_Link](), last
-    while is_call(at, aten.index_add):
-        link = _read(at)
-        if link is None:
-            return None
-        links.append(link)
-        at = at.args[0]
-    links.sort(key=lambda link: link.expert)
-    whole = [link.expert for link in links] == list(range(len(links)))
-    return links if whole and is_call(at, aten.zeros_like, aten.zeros, aten.new_zeros) else None
-
-
-def _read(add: fx.Node) -> _Link | None:
-    _, dim, token, value = add.args[:4]
-    if dim != 0 or add.kwargs:
-        return None
-    chosen = [n for n in ancestors(token, lambda n: is_call(n, aten.eq)) if is_call(n, aten.eq)]
-    gathers = [
-        n for n in ancestors(value, lambda n: is_call(n, aten.index)) if is_call(n, aten.index)
-    ]
-    rows = [g for g in gathers if g.args[1] == [token]]
-    shares = [g for g in gathers if len(g.args[1]) == 2 and g.args[1][0] is token]
-    if (
-        len(chosen) != 1
-        or not isinstance(chosen[0].args[1], int)
-        or len(rows) != 1
-        or len(shares) != 1
-    ):
-        return None
-    linears = [
-        n for n in reversed(ancestors(value, lambda n: is_call(n, aten.index)))
-        if is_call(n, aten.linear) and is_weight(n.args[1]) and len(n.args) == 2
-    ]  # fmt: skip
-    up = [n for n in linears if n.args[0] is rows[0]]
-    down = [n for n in linears if n not in up]
-    if len(up) not in (1, 2) or len(down) != 1:
-        return None
-    return _Link(
-        chosen[0].args[1], rows[0].args[0], chosen[0].args[0], shares[0].args[0], up, down[0]
+def _cuts(program: Program, ids: fx.Node, result: fx.Node) -> Iterator[_Cut]:
+    """Ways to cut a block out so that nothing of the router is left inside."""
+    hidden = (features(result) or (0,))[-1]
+    top_k = prod(features(ids) or ())
+    chosen = _between(ids, result)
+    # Rows that were there before the choice need no look at what they come from.
+    above = ancestors(
+        result, lambda n: is_token_count(n) or (n < ids and _is_rows(program, n, hidden))
     )
+    base = _base(result, chosen)
+    rows = [n for n in sorted(above, reverse=True) if _is_rows(program, n, hidden)]
+    inputs = [n for n in rows if n not in chosen and n is not base]
+    scores = _between(ids.args[0], result)
+    widths = {prod(features(ids) or ()), 1}
+    shares = [
+        n for n in sorted(above, reverse=True)
+        if n in scores and _is_shares(program, n) and (prod(features(n) or ())) in widths
+    ]  # fmt: skip
+    dense = [
+        n for n in sorted(above, reverse=True)
+        if n in chosen and _is_shares(program, n) and prod(features(n) or ()) > top_k
+    ]  # fmt: skip
+    ways: list[tuple[fx.Node | None, fx.Node | None]] = [
+        (ids, None), *((ids, s) for s in shares), *((None, s) for s in dense),
+    ]  # fmt: skip
+    for x in inputs[:_CUTS]:
+        for which, share in ways[: 2 * _CUTS]:
+            cut = _Cut(result, x, which, share, base, top_k)
+            if _separates(program, cut):
+                yield cut
+
+
+def _separates(program: Program, cut: _Cut) -> bool:
+    """Whether the block needs the cut's inputs, all of them, and nothing else but weights."""
+    stops = set(cut.inputs)
+    inside = ancestors(cut.result, lambda n: n in stops or is_token_count(n))
+    wanted = [n for n in stops if n is not cut.base]
+    return all(n in inside for n in wanted) and all(n.op != "placeholder" for n in inside)
+
+
+def _is_shares(program: Program, node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    fits = isinstance(value, Tensor) and value.is_floating_point() and node.op == "call_function"
+    if fits and value.dim() == 1:
+        return isinstance(value.shape[0], torch.SymInt)
+    return fits and tokens_outermost(program, node)
+
+
+def _base(result: fx.Node, chosen: set[fx.Node]) -> fx.Node | None:
+    """What a running sum over experts begins with, unless that is zeros."""
+    at = result
+    while is_call(at, aten.index_add, aten.index_put, aten.add, aten.reshape) and at in chosen:
+        inner = at.args[0]
+        if is_call(at, aten.add) and inner not in chosen:
+            inner = at.args[1]
+        if not isinstance(inner, fx.Node):
+            return None
+        at = inner
+    zeros = (aten.zeros_like, aten.zeros, aten.new_zeros, aten.full)
+    return None if at is result or at in chosen or is_call(at, *zeros) else at
+
+
+# --- what is inside ---------------------------------------------------------------------------------
+
+
+@dataclass
+class _Map:
+    """A product of activations with weights; the bias is that of the sum after it, if one follows."""
+
+    node: fx.Node
+    x: fx.Node
+    weight: str
+    bias: str | None = None
+
+
+class _Unreadable(Exception):
+    """A block that is no block of experts, or one written in a way that is not known."""
+
+
+class _Inside:
+    """The maps of a block, first and second ones, in the order in which they are computed."""
+
+    def __init__(self, program: Program, cut: _Cut) -> None:
+        self.program, self.cut = program, cut
+        stops = set(cut.inputs)
+        self.nodes = ancestors(cut.result, lambda n: n in stops or is_token_count(n))
+        found = [
+            m for n in sorted(self.nodes) if n not in stops and (m := self._map(n)) is not None
+        ]
+        self.maps = {m.node: m for m in found}
+        self.first = [m for m in found if not self._above(m.x)]
+        self.second = [m for m in found if m not in self.first]
+        if not self.first or any(
+            set(self._above(m.x)) - {f.node for f in self.first} for m in self.second
+        ):
+            raise _Unreadable
+
+    def _above(self, node: fx.Node) -> list[fx.Node]:
+        """The maps that a value comes from, the next ones only."""
+        stops = {*self.cut.inputs, *self.maps}
+        inner = ancestors(node, lambda n: n in stops or is_token_count(n))
+        return [n for n in sorted(inner) if n in self.maps]
+
+    def _map(self, node: fx.Node) -> _Map | None:
+        if is_call(node, aten.linear):
+            x, weight, bias = (*node.args, None)[:3]
+            name, offset = self._weight(weight), bias and self._weight(bias)
+            return _Map(node, x, name, offset) if name else None
+        product = Contraction.read(node)
+        if product is None:
+            return None
+        for x, weight in ((product.left, product.right), (product.right, product.left)):
+            if name := self._weight(weight):
+                return _Map(node, x, name)
+        return None
+
+    def _weight(self, node: Any) -> str | None:
+        """The weight that a node is, or gathers rows of, or shows in another shape."""
+        while isinstance(node, fx.Node) and not is_weight(node):
+            gathers = is_call(node, aten.index, aten.index_select, aten.embedding, mill.embed)
+            if not gathers and not is_call(node, *_VIEWS):
+                return None
+            node = node.args[0]
+            node = node[0] if isinstance(node, list) else node
+        return node.target if isinstance(node, fx.Node) else None
+
+    def read(self) -> tuple[list[_Expert], bool]:
+        """Each expert's maps and what is between them; whether all experts are in one tensor."""
+        found = []
+        for second in self.second:
+            first = [self.maps[n] for n in self._above(second.x)]
+            if len(first) not in (1, 2):
+                raise _Unreadable
+            walk = _Walk(self, first)
+            found.append(_Expert(walk.expression(second.x), first, second, walk.halves))
+        if not found:
+            raise _Unreadable
+        for one in found:
+            one.second.bias = one.second.bias or self._bias_after(one.second)
+        return found, len(found) == 1
+
+    def _bias_after(self, map: _Map) -> str | None:
+        """What is added to a map's result next."""
+        node = map.node
+        while len(node.users) == 1:
+            user = next(iter(node.users))
+            if is_call(user, aten.add) and node in user.args:
+                other = user.args[1] if user.args[0] is node else user.args[0]
+                return self._weight(other)
+            if not is_call(user, *_VIEWS):
+                return None
+            node = user
+        return None
+
+
+_VIEWS = (
+    aten.reshape, aten.view, aten.permute, aten.transpose, aten.t, aten.expand, aten.clone,
+    aten.unsqueeze, aten.squeeze, aten.contiguous, aten.select, aten.repeat, aten._to_copy,
+)  # fmt: skip
+_CUTTING = (aten.slice, aten.split, aten.split_with_sizes, aten.chunk, aten.unbind)
+
+
+@dataclass
+class _Expert:
+    """``down(activation(up(x)))``; an accumulator is a range of columns of one of the first maps."""
+
+    activation: Expr
+    first: list[_Map]
+    second: _Map
+    halves: list[_Columns]  # of the accumulators, in order
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Columns start, start + step, ... of a first map, ``size`` of them."""
+
+    map: int
+    start: int
+    size: int
+    step: int = 1
+
+
+class _Walk:
+    """From what a second map reads back to the first maps, collecting the scalar expression."""
+
+    def __init__(self, inside: _Inside, first: list[_Map]) -> None:
+        self.inside, self.first = inside, first
+        self.places = {m.node: i for i, m in enumerate(first)}
+        self.halves: list[_Columns] = []
+
+    def expression(self, node: Any) -> Expr:
+        if isinstance(node, int | float):
+            return Const(float(node))
+        if (columns := self._columns(node)) is not None:
+            if columns not in self.halves:
+                self.halves.append(columns)
+            return Ref(f"acc{self.halves.index(columns)}")
+        if not isinstance(node, fx.Node):
+            raise _Unreadable
+        if is_call(node, *_VIEWS):
+            return self.expression(node.args[0])
+        if is_call(node, aten.mul):
+            mine = [a for a in node.args if self._reaches(a) or not isinstance(a, fx.Node)]
+            if len(mine) == 1 and isinstance(mine[0], fx.Node):  # a share, or a mask
+                return self.expression(mine[0])
+        rule = RULES.get(getattr(node.target, "overloadpacket", None))
+        if rule is None:
+            raise _Unreadable
+        names = {"min": "low", "max": "high", "negative_slope": "slope"}
+        options = {names.get(k, k): self._argument(v) for k, v in node.kwargs.items()}
+        try:
+            found = rule(*map(self._argument, node.args), **options)
+        except TypeError as error:
+            raise _Unreadable from error
+        if found is None:
+            raise _Unreadable
+        return found
+
+    def _argument(self, value: Any) -> Any:
+        if isinstance(value, fx.Node) or (
+            isinstance(value, int | float) and not isinstance(value, bool)
+        ):
+            return self.expression(value)
+        return value
+
+    def _reaches(self, node: Any) -> bool:
+        return isinstance(node, fx.Node) and bool(self.inside._above(node))
+
+    def _columns(self, node: Any) -> _Columns | None:
+        """The columns of a first map that a node is, with or without the bias."""
+        if not isinstance(node, fx.Node):
+            return None
+        if node in self.places:
+            return _Columns(self.places[node], 0, int(shape(node)[-1]))
+        if is_call(node, aten.add) and not node.kwargs:
+            for value, other in (node.args, node.args[::-1]):
+                source = self._columns(value) if isinstance(other, fx.Node) else None
+                name = source and self.inside._weight(other)
+                if source is not None and name and source.size == int(shape(value)[-1]):
+                    self.first[source.map].bias = name
+                    return source
+            return None
+        if is_call(node, aten.select):
+            return None
+        if is_call(node, *_VIEWS):
+            source = self._columns(node.args[0])
+            return source if source and _same_last(node, node.args[0]) else None
+        if is_call(node, aten.index):  # rows of tokens
+            source = self._columns(node.args[0])
+            return source if source and _same_last(node, node.args[0]) else None
+        if is_call(node, aten.slice):
+            return self._cut(node)
+        if getattr(node.target, "__name__", "") == "getitem" and is_call(node.args[0], *_CUTTING):
+            return self._piece(node.args[0], node.args[1])
+        return None
+
+    def _cut(self, node: fx.Node) -> _Columns | None:
+        source = self._columns(node.args[0])
+        rank = len(shape(node))
+        defaults: tuple[Any, ...] = (None, 0, None, None, 1)
+        _, dim, start, end, step = tuple(node.args) + defaults[len(node.args) :]
+        if source is None or dim % rank != rank - 1:
+            return None
+        places = range(source.size)[slice(start, end, step)]
+        return _Columns(
+            source.map, source.start + places.start * source.step, len(places), source.step * step
+        )
+
+    def _piece(self, split: fx.Node, index: int) -> _Columns | None:
+        source = self._columns(split.args[0])
+        pieces = split.meta["val"]
+        rank = pieces[index].dim()
+        place = 1 if is_call(split, aten.unbind) else 2
+        dim = split.args[place] if len(split.args) > place else split.kwargs.get("dim", 0)
+        if source is None or is_call(split, aten.unbind) or dim % rank != rank - 1:
+            return None
+        before = sum(int(p.shape[-1]) for p in pieces[:index])
+        size = int(pieces[index].shape[-1])
+        return _Columns(source.map, source.start + before * source.step, size, source.step)
+
+
+def _same_last(a: fx.Node, b: fx.Node) -> bool:
+    return bool(shape(a)) and str(shape(a)[-1]) == str(shape(b)[-1])
+
+
+# --- the op -----------------------------------------------------------------------------------------
+
+
+def _readings(program: Program, cut: _Cut) -> Iterator[_Block]:
+    """Blocks that compute what the cut does."""
+    try:
+        experts, stacked = _Inside(program, cut).read()
+        layouts = list(_layouts(program.weights, cut, experts, stacked))
+    except _Unreadable:
+        return
+    for layout in layouts:
+        block = _Block(cut, experts[0], layout)
+        if block.verified(program):
+            yield block
+
+
+@dataclass
+class _Layout:
+    """How the op's weights come from the model's: names, and what is done to them."""
+
+    gate_up: tuple[list[str], Callable[..., Tensor]]
+    down: tuple[list[str], Callable[..., Tensor]]
+    biases: list[tuple[list[str], Callable[..., Tensor]]]
+    count: int
+    inter: int
+
+
+def _layouts(
+    weights: Weights, cut: _Cut, experts: list[_Expert], stacked: bool
+) -> Iterator[_Layout]:
+    """All ways to read the matrices that their sizes admit: two if a matrix is square."""
+    one = experts[0]
+    halves = one.halves
+    hidden = int(shape(cut.result)[-1])
+    if len(halves) not in (1, 2) or len({h.size for h in halves}) != 1:
+        raise _Unreadable
+    inter = halves[0].size
+    alike = [(e.activation, e.halves, len(e.first)) for e in experts]
+    if any(a != alike[0] for a in alike):
+        raise _Unreadable
+    names = [m.weight for e in experts for m in (*e.first, e.second)]
+    if any(weights.like(n).dim() != (3 if stacked else 2) for n in names):
+        raise _Unreadable
+    count = int(weights.like(one.second.weight).shape[0]) if stacked else len(experts)
+    ups = [[m.weight for m in e.first] for e in experts]
+    downs = [e.second.weight for e in experts]
+    if len(set(downs)) != len(downs):
+        raise _Unreadable
+    for up_turned in (False, True):
+        for down_turned in (False, True):
+            sizes = [tuple(weights.like(name).shape) for name in ups[0]]
+            wide = [s[-1] if up_turned else s[-2] for s in sizes]
+            deep = {s[-2] if up_turned else s[-1] for s in sizes}
+            down = tuple(weights.like(downs[0]).shape)
+            if down_turned:
+                down = (*down[:-2], down[-1], down[-2])
+            if deep != {hidden} or down[-2:] != (hidden, inter):
+                continue
+            if max(h.start + (h.size - 1) * h.step for h in halves) >= max(wide):
+                continue
+            yield _Layout(
+                _stack(ups, halves, up_turned, stacked),
+                _stack([[d] for d in downs], [_Columns(0, 0, hidden)], down_turned, stacked),
+                _biases(weights, experts, halves, stacked, count, inter, hidden),
+                count,
+                inter,
+            )
+
+
+def _stack(
+    names: list[list[str]], columns: list[_Columns], turned: bool, stacked: bool
+) -> tuple[list[str], Callable[..., Tensor]]:
+    """``[E, N, K]`` of matrices ``[N, K]`` (or, turned, ``[K, N]``), rows in the accumulators' order."""
+    width = len(names[0])
+
+    def one(*matrices: Tensor) -> Tensor:
+        rows = [m.transpose(-1, -2) if turned else m for m in matrices]
+        return torch.cat(
+            [rows[c.map][..., c.start : c.start + c.size * c.step : c.step, :] for c in columns], -2
+        )
+
+    def all_(*matrices: Tensor) -> Tensor:
+        groups = range(0, len(matrices), width)
+        return torch.stack([one(*matrices[i : i + width]) for i in groups])
+
+    if stacked:
+        return names[0], lambda *w: one(*w).contiguous()
+    return [n for group in names for n in group], all_
+
+
+def _biases(
+    weights: Weights, experts: list[_Expert], halves: list[_Columns], stacked: bool, count: int,
+    inter: int, hidden: int,
+) -> list[tuple[list[str], Callable[..., Tensor]]]:  # fmt: skip
+    """``[E, 2I]`` and ``[E, H]`` if there are biases anywhere, zeros where there are none."""
+    maps = [m for e in experts for m in (*e.first, e.second)]
+    if not any(m.bias for m in maps):
+        return []
+    per_first = max(h.start + h.size * h.step for h in halves)
+
+    def rows(groups: list[list[_Map]], columns: list[_Columns]) -> tuple[list[str], Any]:
+        names = [[m.bias for m in group] for group in groups]
+        given = [n for group in names for n in group if n is not None]
+        sources = given or [maps[0].bias or maps[-1].bias or ""]
+
+        def stack(*values: Tensor) -> Tensor:
+            left = iter(values if given else ())
+            found = []
+            for group in names:
+                parts = [
+                    values[0].new_zeros(count if stacked else 1, per_first if columns is halves else hidden)
+                    if n is None else next(left).reshape(count if stacked else 1, -1)
+                    for n in group
+                ]  # fmt: skip
+                found.append(
+                    torch.cat(
+                        [
+                            parts[c.map][:, c.start : c.start + c.size * c.step : c.step]
+                            for c in columns
+                        ],
+                        -1,
+                    )
+                )
+            return torch.cat(found).contiguous()
+
+        return sources, stack
+
+    return [
+        rows([e.first for e in experts], halves),
+        rows([[e.second] for e in experts], [_Columns(0, 0, hidden)]),
+    ]
 
 
 @dataclass
 class _Block:
-    """All links together, as operands of the experts op."""
+    """A block of experts as the op's operands."""
 
-    x: fx.Node
-    ids: fx.Node
-    shares: fx.Node
-    links: list[_Link]
-    activation: str
-
-    @classmethod
-    def read(cls, program: Program, links: list[_Link]) -> _Block | None:
-        first = links[0]
-        x, ids, shares = first.x, first.ids, behind_reshapes(first.shares)
-        same = all(
-            link.x is x and link.ids is ids and behind_reshapes(link.shares) is shares
-            and len(link.up) == len(first.up)
-            for link in links
-        )  # fmt: skip
-        activation = _activation(first) if same else None
-        return cls(x, ids, shares, links, activation) if activation else None
+    cut: _Cut
+    expert: _Expert
+    layout: _Layout
+    inward: bool = False  # the one share weighs what the expert sees, not what it answers
 
     @property
     def gated(self) -> bool:
-        return len(self.links[0].up) == 2
+        return len(self.expert.halves) == 2
 
-    def stacked(self, program: Program) -> tuple[str, str]:
-        """Derive ``[E, 2I, H]`` and ``[E, H, I]`` from the experts' own weights."""
-        ups = [[linear.args[1].target for linear in link.up] for link in self.links]
-        downs = [link.down.args[1].target for link in self.links]
-        width, count = len(ups[0]), len(ups)
-        gate_up = program.weights.fresh(_common(ups[0][0], ups[-1][0]) + ".gate_up")
-        down = program.weights.fresh(_common(downs[0], downs[-1]) + ".down")
+    @property
+    def activation(self) -> str:
+        return expr.text(self.expert.activation)
 
-        def pairs(*weights: Tensor) -> Tensor:
-            joined = [torch.cat(weights[width * e : width * (e + 1)]) for e in range(count)]
-            return torch.stack(joined)
+    def weights(self, weights: Weights) -> list[str]:
+        """Derive the stacked weights, and biases if there are any."""
+        layout = self.layout
+        parts = [("gate_up", layout.gate_up), ("down", layout.down)]
+        parts += list(zip(("gate_up_bias", "down_bias"), layout.biases, strict=False))
+        found = []
+        for suffix, (sources, function) in parts:
+            name = weights.fresh(f"{_common(sources[0], sources[-1])}.{suffix}")
+            weights.derive(name, function, *sources)
+            found.append(name)
+        return found
 
-        program.weights.derive(gate_up, pairs, *(name for up in ups for name in up))
-        program.weights.derive(down, lambda *w: torch.stack(w), *downs)
-        return gate_up, down
+    def verified(self, program: Program) -> bool:
+        """Whether the block and the op agree on random tokens."""
+        cut, rng = self.cut, torch.Generator().manual_seed(0)
+        count, top_k = self.layout.count, cut.top_k
+        if top_k > count:
+            return False
+        x = torch.randn(_TOKENS, int(shape(cut.x)[-1]), generator=rng)
+        ids = torch.rand(_TOKENS, count, generator=rng).argsort(-1)[:, :top_k]
+        share = torch.rand(_TOKENS, top_k, generator=rng)
+        dense = torch.zeros(_TOKENS, count).scatter(1, ids, share)
+        given = {cut.x: x, cut.base: torch.zeros(_TOKENS, int(shape(cut.result)[-1])), cut.ids: ids}
+        given[cut.shares] = share if cut.ids is not None else dense
+        try:
+            values = [_shaped(given[n], n) for n in cut.inputs]
+            actual = Region([cut.result], cut.inputs)(values, _TOKENS, program.weights)[0]
+        except (RuntimeError, IndexError):
+            return False
+        scratch = program.weights.copy()
+        gate_up, down, *biases = (scratch[n] for n in self.weights(scratch))
+        if cut.shares is None:
+            share = torch.ones_like(share)
 
-    def verified(self, program: Program, last: fx.Node) -> bool:
-        """Whether the loop and the op agree on random tokens."""
-        rng, tokens, experts = torch.Generator().manual_seed(0), 33, len(self.links)
-        hidden, top_k = int(shape(self.x)[-1]), int(shape(self.ids)[-1])
-        x = torch.randn(tokens, hidden, generator=rng)
-        ids = torch.rand(tokens, experts, generator=rng).argsort(-1)[:, :top_k]
-        share = torch.rand(tokens, top_k, generator=rng)
-        actual = Region([last], [self.x, self.ids, self.shares])(
-            [x, ids, share], tokens, program.weights
-        )
-        trial = program.copy()
-        gate_up, down = (trial.weights[n] for n in _Block.stacked(self, trial))
-        wanted = experts_reference(
-            x, ids, share, [gate_up], [down], None, "fp32", "fp32", self.activation, self.gated
-        )
-        return torch.allclose(actual[0].reshape(wanted.shape), wanted, rtol=1e-4, atol=1e-5)
+        def run(x: Tensor, share: Tensor) -> Tensor:
+            return experts_reference(
+                x, ids, share, [gate_up], [down], None, "fp32", "fp32", self.activation, self.gated,
+                *biases,
+            )  # fmt: skip
 
-    def build(self, program: Program, last: fx.Node) -> fx.Node:
-        gate_up, down = (program.weight(n) for n in self.stacked(program))
-        return program.call(
-            mill.experts.default, self.x, self.ids, self.shares, [gate_up], [down], None,
-            "fp32", "fp32", self.activation, self.gated, like=last,
-        )  # fmt: skip
+        wanted = run(x, share)
+        actual = actual.reshape(wanted.shape)
+        if not _near(actual, wanted) and top_k == 1 and cut.shares is not None:
+            self.inward = True
+            wanted = run(x * share, torch.ones_like(share))
+        return _near(actual, wanted)
+
+    def choice(self, program: Program, count: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+        """ids and shares ``[T, k]``: the largest of a row where the block has all shares of it."""
+        cut, result = self.cut, self.cut.result
+        if cut.ids is None:
+            rows = _two_dim(program, cut.shares, count, self.layout.count)
+            both = program.call(aten.topk.default, rows, cut.top_k, like=result)
+            share, ids = (program.call(operator.getitem, both, i, like=result) for i in (0, 1))
+            return ids, share
+        ids = _two_dim(program, cut.ids, count, cut.top_k)
+        return ids, cut.shares and _two_dim(program, cut.shares, count, cut.top_k)
+
+    def fuse(self, program: Program) -> None:
+        cut, result = self.cut, self.cut.result
+        names = self.weights(program.weights)
+        with program.graph.inserting_before(result):
+            count = token_count(program)
+            x = _two_dim(program, cut.x, count, int(shape(cut.x)[-1]))
+            ids, share = self.choice(program, count)
+            if self.inward:
+                x = program.call(aten.mul.Tensor, x, share, like=result)
+            if self.inward or share is None:
+                sizes = [count, cut.top_k]
+                share = program.call(aten.ones.default, sizes, dtype=torch.float32, like=result)
+            gate_up, down, *biases = (program.weight(n) for n in names)
+            new = program.call(
+                mill.experts.default, x, ids, share, [gate_up], [down], None, "fp32", "fp32",
+                self.activation, self.gated, *biases, like=result,
+            )  # fmt: skip
+            sizes = [count if isinstance(s, torch.SymInt) else s for s in shape(result)]
+            if len(sizes) != 2:
+                new = program.call(aten.reshape.default, new, sizes, like=result)
+            if cut.base is not None:
+                new = program.call(aten.add.Tensor, new, cut.base, like=result)
+        replace(program, result, new)
 
 
-def _activation(link: _Link) -> str | None:
-    """The expression between the up projections and the down projection."""
-    rng = torch.Generator().manual_seed(0)
-    values = [torch.randn(64, int(shape(n)[-1]), generator=rng) for n in link.up]
-    inner = link.down.args[0]
-    actual = Region([inner], link.up)(values, 64, {})[0]
-    operands = {f"acc{i}": v for i, v in enumerate(values)}
-    for candidate in _ACTIVATIONS:
-        parsed = expr.parse(candidate)
-        if len(expr.names(parsed)) != len(values):
-            continue
-        if torch.allclose(expr.evaluate(parsed, operands), actual, atol=1e-5):
-            return candidate
-    return None
+def _near(actual: Tensor, wanted: Tensor) -> bool:
+    return torch.allclose(actual, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+
+
+def _shaped(value: Tensor, node: fx.Node) -> Tensor:
+    """A value ``[T, F]`` in the shape and dtype of a node."""
+    sizes = [_TOKENS if isinstance(s, torch.SymInt) else s for s in shape(node)]
+    return value.reshape(sizes).to(node.meta["val"].dtype)
+
+
+def _two_dim(program: Program, node: fx.Node, count: fx.Node, width: int) -> fx.Node:
+    inner = behind_reshapes(node)
+    if len(shape(inner)) == 2 and shape(inner)[-1] == width:
+        return inner
+    if len(shape(node)) == 2 and shape(node)[-1] == width:
+        return node
+    return program.call(aten.reshape.default, node, [count, width], like=node)
 
 
 def _common(first: str, last: str) -> str:

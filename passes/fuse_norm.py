@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from ..ir.program import Program, is_weight, shape
-from .base import Pass, aten, calls, is_call, mill, replace, sweep
+from . import layout
+from .base import Pass, aten, calls, is_call, mill, replace, sweep, tokens_outermost
 
 
 @dataclass
@@ -28,10 +29,26 @@ class FuseNorm(Pass):
             with program.graph.inserting_before(node):
                 if target is mill.rms_norm.default and operands == (None,):
                     operands = (ones(program, shape(x)[-1]),)
-                replace(program, node, program.call(target, x, *operands, eps, like=node))
+                rows, back = _rows_outermost(program, x, node)
+                normed = program.call(target, rows, *operands, eps, like=node)
+                replace(program, node, layout.permuted(program, normed, back, node))
             matches += 1
+        layout.settle(program)
         sweep(program)
         return matches
+
+
+def _rows_outermost(program: Program, x: fx.Node, like: fx.Node) -> tuple[fx.Node, list[int]]:
+    """x with its tokens outermost, and the permutation that undoes it: a norm sees the last dim alone."""
+    rank = len(shape(x))
+    steps = [d for d, s in enumerate(shape(x)) if isinstance(s, torch.SymInt)]
+    if tokens_outermost(program, x) or len(steps) != 1 or steps[0] == rank - 1:
+        return x, list(range(rank))
+    lone = [
+        d for d in range(rank) if isinstance(shape(x)[d], int) and shape(x)[d] == 1 and d < steps[0]
+    ]
+    places = [*lone, steps[0], *(d for d in range(rank) if d not in (*lone, steps[0]))]
+    return layout.permuted(program, x, places, like), [places.index(d) for d in range(rank)]
 
 
 _Match = tuple[object, fx.Node, tuple[fx.Node | None, ...], float]
@@ -43,13 +60,22 @@ def _spelled_out(node: fx.Node) -> _Match | None:
         return None
     for weight, inner in (node.args, reversed(node.args)):
         if is_weight(weight) and len(shape(weight)) == 1 and (core := _normalized(inner)):
-            return mill.rms_norm.default, core[0], (weight,), core[1]
+            return _of_core(*core, weight)
     weighed = any(
         is_call(u, aten.mul) and any(is_weight(a) and len(shape(a)) == 1 for a in u.args)
         for u in node.users
     )
     core = _normalized(node)
-    return None if core is None or weighed else (mill.rms_norm.default, core[0], (None,), core[1])
+    return None if core is None or weighed else _of_core(*core, None)
+
+
+def _of_core(x: fx.Node, eps: float, weight: fx.Node | None) -> _Match:
+    """A norm of x, a layer norm if x is another value less its mean."""
+    if is_call(x, aten.sub) and len(x.args) == 2 and not x.kwargs:
+        source, mean = x.args
+        if is_call(mean, aten.mean) and mean.args[0] is source and _is_last(mean):
+            return mill.layer_norm.default, source, (weight, None), eps
+    return mill.rms_norm.default, x, (weight,), eps
 
 
 def _normalized(node: Any) -> tuple[fx.Node, float] | None:

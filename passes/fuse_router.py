@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from typing import get_args, get_type_hints
 
@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from ..ir.ops import dump_router
 from ..ir.program import Program, is_weight, shape
 from ..ir.router import RouterSpec, route
-from .base import Pass, ancestors, aten, calls, is_call, mill, sweep
+from .base import Pass, ancestors, aten, behind_reshapes, calls, is_call, mill, sweep, token_count
 from .region import Region
 
 _PROBES = 256
@@ -34,12 +34,12 @@ class FuseRouter(Pass):
     name = "fuse_router"
 
     def run(self, program: Program) -> int:
-        matches = 0
+        matches, known = 0, dict[Hashable, RouterSpec | None]()
         for node in calls(program, mill.experts):
             ids, weights = node.args[1:3]
             if is_call(getattr(ids, "args", (None,))[0], mill.route):
                 continue
-            found = _recognize(program, ids, weights, experts=int(shape(node.args[3][0])[0]))
+            found = _recognize(program, ids, weights, int(shape(node.args[3][0])[0]), known)
             if found is None:
                 continue
             logits, bias, spec = found
@@ -49,28 +49,77 @@ class FuseRouter(Pass):
                 )
                 chosen = [program.call(operator.getitem, routed, i, like=node) for i in (0, 1)]
             node.args = (node.args[0], *chosen, *node.args[3:])
+            _weigh_inputs(program, node, ids, known)
             matches += 1
         sweep(program)
         return matches
 
 
+def _weigh_inputs(
+    program: Program, node: fx.Node, ids: fx.Node, known: dict[Hashable, RouterSpec | None]
+) -> None:
+    """experts(s x) where s is the router's weight of the one chosen: s too is from a route op."""
+    scaled = behind_reshapes(node.args[0])
+    if not is_call(scaled, aten.mul) or len(scaled.args) != 2:
+        return
+    shares = [a for a in scaled.args if isinstance(a, fx.Node) and shape(a)[-1:] == (1,)]
+    if len(shares) != 1 or shape(ids)[-1:] != (1,):
+        return
+    found = _recognize(program, ids, shares[0], int(shape(node.args[3][0])[0]), known)
+    if found is None:
+        return
+    logits, bias, spec = found
+    with program.graph.inserting_before(shares[0]):
+        routed = program.call(mill.route.default, logits, bias, dump_router(spec), like=node)
+        share = program.call(operator.getitem, routed, 1, like=node)
+        if len(shape(share)) != len(shape(shares[0])):
+            sizes = [s if isinstance(s, int) else token_count(program) for s in shape(shares[0])]
+            share = program.call(aten.reshape.default, share, sizes, like=node)
+    scaled.replace_input_with(shares[0], share)
+
+
 def _recognize(
-    program: Program, ids: fx.Node, weights: fx.Node, experts: int
+    program: Program,
+    ids: fx.Node,
+    weights: fx.Node,
+    experts: int,
+    known: dict[Hashable, RouterSpec | None],
 ) -> tuple[fx.Node, fx.Node | None, RouterSpec] | None:
+    """The gate, the bias and the spec; routers of one structure are tried once, and ``known`` then."""
     region = ancestors(ids, _is_gate) | ancestors(weights, _is_gate)
     gates = [n for n in region if _is_gate(n)]
     biases = [n for n in region if is_weight(n) and shape(n) == (experts,)]
     if len(gates) != 1 or shape(gates[0])[-1] != experts or len(biases) > 1:
         return None
-    logits = torch.randn(_PROBES, experts, generator=torch.Generator().manual_seed(0)) * 2
-    value = logits.reshape([s if isinstance(s, int) else _PROBES for s in shape(gates[0])])
-    actual = Region([ids, weights], gates)([value], _PROBES, program.weights)
+    part = Region([ids, weights], gates)
+    bias = biases[0] if biases else None
+    others = {n: program.weights[n] for n in part.weights if bias is None or n != bias.target}
+    key = experts, tuple(map(str, shape(gates[0]))), part.structure
+    if key not in known or others:  # numbers make them different
+        known[key] = _spec(part, list(region), gates[0], experts, bias, others)
+    spec = known[key]
+    return None if spec is None else (gates[0], bias, spec)
+
+
+def _spec(
+    part: Region,
+    region: list[fx.Node],
+    gate: fx.Node,
+    experts: int,
+    bias_node: fx.Node | None,
+    others: dict[str, Tensor],
+) -> RouterSpec | None:
+    """The spec that agrees with the traced router, on random logits and a random bias."""
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randn(_PROBES, experts, generator=rng) * 2
+    bias = None if bias_node is None else torch.randn(experts, generator=rng) / 4
+    value = logits.reshape([s if isinstance(s, int) else _PROBES for s in shape(gate)])
+    weights = others if bias_node is None else {**others, bias_node.target: bias}
+    actual = part([value], _PROBES, weights)
     wanted = _by_expert(actual[0], actual[1])
-    bias = program.weights[biases[0].target] if biases else None
-    for spec in _candidates(list(region), wanted[0].shape[-1], experts, bool(biases)):
+    for spec in _candidates(region, wanted[0].shape[-1], experts, bias is not None):
         if (scale := _agrees(wanted, _by_expert(*route(logits, bias, spec)))) is not None:
-            exact = replace(spec, scale=_nearest(scale, _constants(list(region))))
-            return gates[0], biases[0] if biases else None, exact
+            return replace(spec, scale=_nearest(scale, _constants(region)))
     return None
 
 

@@ -44,10 +44,10 @@ class InsertCache(Pass):
     def _plain(
         self, program: Program, node: fx.Node, name: str, batch: tuple[fx.Node, ...]
     ) -> None:
-        q, k, v, sinks, scale, window, softcap = node.args
+        q, k, v, sinks, scale, window, softcap, *slopes = node.args
         heads, dim = (int(s) for s in shape(k)[-2:])
         cache = _cache(program, gqa_cache(name, self.format, heads, dim, int(shape(v)[-1])))
-        args = (q, k, v, sinks, cache, *batch, scale, window, softcap, self.format)
+        args = (q, k, v, sinks, cache, *batch, scale, window, softcap, self.format, *slopes)
         with program.graph.inserting_before(node):
             replace(program, node, program.call(mill.cached_attention.default, *args, like=node))
 

@@ -9,8 +9,9 @@ one canonical form, and the rewrite is compared with the original on random numb
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, fx
@@ -19,7 +20,17 @@ from ..errors import Unsupported
 from ..ir.ops import rope as rope_reference
 from ..ir.program import Program, is_weight, shape, where
 from . import views
-from .base import Pass, aten, calls, is_call, mill, sweep, token_count, tokens_outermost
+from .base import (
+    Pass,
+    aten,
+    behind_reshapes,
+    calls,
+    is_call,
+    mill,
+    sweep,
+    token_count,
+    tokens_outermost,
+)
 from .canonicalize import rows_of
 from .region import Region, is_token_count
 
@@ -42,17 +53,102 @@ class LiftRope(Pass):
 
     def run(self, program: Program) -> int:
         matches, tables = 0, dict[tuple[object, ...], tuple[fx.Node, fx.Node]]()
+        known: _Known = {}
         for node in calls(program, mill.attention):
-            probed = [_probe(program, node, i) for i in range(3)]
+            _take_factors(program, node)
+            lengths = [_take_length(program, node, i) for i in range(2)]
+            for norm in _norms_of_rotated(program, node):
+                matches += _lift(program, norm, [_probe(program, norm, 0, known)], tables)
+            probed = [_probe(program, node, i, known) for i in range(3)]
             _share_heads(probed[1:])
-            args = list(node.args)
-            for i, found in enumerate(probed):
-                with program.graph.inserting_before(node):
-                    args[i] = _build(program, found, tables)
-                matches += any(p.rotary is not None for p in found.pieces)
-            node.args = tuple(args)
+            matches += _lift(program, node, probed, tables)
+            _give_lengths(program, node, lengths)
         sweep(program)
         return matches
+
+
+def _lift(
+    program: Program,
+    node: fx.Node,
+    probed: list[_Input],
+    tables: dict[tuple[object, ...], tuple[fx.Node, fx.Node]],
+) -> int:
+    """Put the canonical form of the first inputs in their places; how many are rotated."""
+    args = list(node.args)
+    for i, found in enumerate(probed):
+        with program.graph.inserting_before(node):
+            args[i] = _build(program, found, tables)
+    node.args = tuple(args)
+    return sum(any(p.rotary is not None for p in found.pieces) for found in probed)
+
+
+def _norms_of_rotated(program: Program, attention: fx.Node) -> list[fx.Node]:
+    """Norms between rotation and attention, ``[1, T, H, D]``."""
+    norms = [n for i in range(3) for n in _leaves(program, attention.args[i])[0]]
+    return [
+        n for n in dict.fromkeys(norms)
+        if is_call(n, mill.rms_norm, mill.layer_norm)
+        and len(shape(n)) == 4 and _leaves(program, n.args[0])[1]
+    ]  # fmt: skip
+
+
+# What is only another view of the same numbers.
+_VIEWS = (aten.reshape, aten.transpose, aten.permute, aten.expand, aten.clone, aten.contiguous)
+
+
+def _take_length(program: Program, attention: fx.Node, index: int) -> fx.Node | None:
+    """Take a factor s[position] off queries or keys, by which some models sharpen long contexts."""
+    node = attention.args[index]
+    while is_call(node, *_VIEWS) and len(node.users) == 1:
+        node = node.args[0]
+    if not is_call(node, aten.mul) or len(node.users) > 1 or len(node.all_input_nodes) != 2:
+        return None
+    for source, factor in (node.args, node.args[::-1]):
+        table = behind_reshapes(factor)
+        if (
+            is_call(table, mill.embed)
+            and table.args[1] is program.input("positions")
+            and views.width(table) == 1
+        ):
+            node.replace_all_uses_with(source)
+            return table
+    return None
+
+
+def _give_lengths(program: Program, attention: fx.Node, lengths: list[fx.Node | None]) -> None:
+    args = list(attention.args)
+    for i, length in enumerate(lengths):
+        if length is not None:
+            with program.graph.inserting_before(attention):
+                sizes = [1, token_count(program), 1, 1]
+                factor = program.call(aten.reshape.default, length, sizes, like=length)
+                args[i] = program.call(aten.mul.Tensor, args[i], factor, like=attention)
+    attention.args = tuple(args)
+
+
+def _take_factors(program: Program, attention: fx.Node) -> None:
+    """(c q) k^T = c (q k^T), and likewise for k; softmax(..) (c v) = c softmax(..) v"""
+    for index in range(3):
+        node = attention.args[index]
+        while is_call(node, *_VIEWS) and len(node.users) == 1:
+            node = node.args[0]
+        if not is_call(node, aten.mul, aten.div) or len(node.users) > 1 or node.kwargs:
+            continue
+        source, number = node.args[:2]
+        if not isinstance(source, fx.Node) or isinstance(number, fx.Node):
+            continue
+        factor = float(number) if is_call(node, aten.mul) else 1.0 / float(number)
+        node.replace_all_uses_with(source)
+        if index < 2:
+            args = list(attention.args)
+            args[4] *= factor
+            attention.args = tuple(args)
+        else:
+            users = list(attention.users)
+            with program.graph.inserting_after(attention):
+                scaled = program.call(aten.mul.Tensor, attention, factor, like=attention)
+            for user in users:
+                user.replace_input_with(attention, scaled)
 
 
 # --- probing ----------------------------------------------------------------------------------------
@@ -81,6 +177,10 @@ class _Piece:
     rotary: _Rotary | None = None
 
 
+# By how an attention input is computed: its sources, and the pieces that were found.
+_Known: TypeAlias = dict[Hashable, tuple[list[fx.Node], list[_Piece]]]
+
+
 @dataclass
 class _Input:
     """One input of an attention, as understood."""
@@ -91,12 +191,19 @@ class _Input:
     tables: list[fx.Node] = field(default_factory=list)
 
 
-def _probe(program: Program, attention: fx.Node, index: int) -> _Input:
+def _probe(program: Program, attention: fx.Node, index: int, known: _Known) -> _Input:
+    """What an attention input is; inputs that are computed alike are probed once, and ``known`` then."""
     target = attention.args[index]
     assert isinstance(target, fx.Node)
     sources, tables = _leaves(program, target)
     heads, width = (int(s) for s in shape(target)[-2:])
     probe = _Probe(program, target, sources, tables)
+    if (key := probe.key) in known:
+        twin, pieces = known[key]
+        there = dict(zip(twin, sources, strict=True))
+        found = _Input(target, heads, tables=tables)
+        found.pieces = [replace(p, source=there[p.source]) for p in pieces]
+        return found
     columns, factor = probe.selection()
     turned = probe.rotated(columns, factor)
     if not torch.all((factor.view(heads, width) == 1) | turned):
@@ -106,6 +213,8 @@ def _probe(program: Program, attention: fx.Node, index: int) -> _Input:
     begins = turned.any(0).nonzero().flatten().tolist()
     if begins:
         _place_rotation(attention, probe, found, columns, begins[0], begins[-1] + 1)
+    if not probe.region.weights:  # their numbers would count
+        known[key] = sources, [replace(p) for p in found.pieces]
     return found
 
 
@@ -125,8 +234,7 @@ def _leaves(program: Program, node: fx.Node) -> tuple[list[fx.Node], list[fx.Nod
             stack.extend(at.all_input_nodes)
         elif isinstance(at.meta.get("val"), Tensor):
             sources[at] = None
-    order = {n: i for i, n in enumerate(program.graph.nodes)}
-    return sorted(sources, key=order.__getitem__), sorted(tables, key=order.__getitem__)
+    return sorted(sources), sorted(tables)
 
 
 class _Probe:
@@ -143,6 +251,12 @@ class _Probe:
         self.region = Region([target], [*sources, *tables])
         self.rng = torch.Generator().manual_seed(0)
 
+    @property
+    def key(self) -> Hashable:
+        """Equal for attention inputs that are computed alike, over the same tables."""
+        sizes = tuple(tuple(map(str, shape(n))) for n in (self.target, *self.sources))
+        return sizes, tuple(t.args[0][0].target for t in self.tables), self.region.structure
+
     def run(self, x: Tensor, positions: Tensor) -> Tensor:
         """``x [T, sum of source widths]`` -> ``[T, H * D]``."""
         tokens = len(x)
@@ -150,11 +264,11 @@ class _Probe:
             part.reshape([s if isinstance(s, int) else tokens for s in shape(source)])
             for part, source in zip(x.split(self.widths, 1), self.sources, strict=True)
         ]
-        angles = [self.table(t)[positions][None] for t in self.tables]
+        angles = [self.table(t, positions)[None] for t in self.tables]
         return self.region([*values, *angles], tokens, self.program.weights)[0].reshape(tokens, -1)
 
-    def table(self, node: fx.Node) -> Tensor:
-        return self.program.weights[node.args[0][0].target]
+    def table(self, node: fx.Node, positions: Tensor) -> Tensor:
+        return self.program.weights.rows(node.args[0][0].target, positions)
 
     def random(self, tokens: int) -> tuple[Tensor, Tensor]:
         x = torch.randn(tokens, sum(self.widths), generator=self.rng)
@@ -230,7 +344,7 @@ def _rotation(probe: _Probe, columns: Tensor, heads: int, begin: int, end: int) 
     x, positions = probe.random(24)
     actual = probe.run(x, positions).view(24, heads, -1)
     chosen = x[:, columns].view(24, heads, -1)
-    known = torch.cat([probe.table(t)[positions] for t in probe.tables], -1)
+    known = _both_signs([probe.table(t, positions) for t in probe.tables])
     for interleaved in (False, True):
         first = slice(begin, end, 2) if interleaved else slice(begin, begin + half)
         second = slice(begin + 1, end, 2) if interleaved else slice(begin + half, end)
@@ -359,8 +473,14 @@ def _table(
     program: Program, names: tuple[str, ...], columns: tuple[int, ...], kind: str
 ) -> fx.Node:
     name = program.weights.fresh(f"rope.{kind}")
-    program.weights.derive(name, lambda *t: torch.cat(t, -1)[:, list(columns)].contiguous(), *names)
+    program.weights.derive(name, lambda *t: _both_signs(t)[:, list(columns)].contiguous(), *names)
     return program.weight(name)
+
+
+def _both_signs(tables: Sequence[Tensor]) -> Tensor:
+    """All columns, and all of them negated: of models that turn the other way."""
+    joined = torch.cat(list(tables), -1)
+    return torch.cat((joined, -joined), -1)
 
 
 def _after_inputs(program: Program) -> fx.Node:

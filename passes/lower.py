@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import NotLowered
+from ..ir import stored
+from ..ir.ops import custom_op
 from ..ir.packing import pack_halves, pack_part
 from ..ir.plan import Buffer, Capacity, Device, KernelSpec, Operand, Plan, Pointwise, Rows, Step
 from ..ir.program import BATCH_INPUTS, INPUTS, Program, is_weight, module_path, shape, where
@@ -21,7 +23,7 @@ from ..ir.quant import parse
 from . import views
 from .base import aten, is_call, mill
 from .lower_extern import extern, extern_dtype
-from .lower_kernels import KERNELS
+from .lower_kernels import KERNELS, custom
 from .views import columns, features, width
 
 _DTYPES = {
@@ -114,7 +116,7 @@ class Lowering:
 
     def weight(self, name: str) -> Operand:
         if name in self.buffers and self.buffers[name].kind != "weight":
-            name = self._derived(f"weight.{name}", torch.clone, name)
+            name = self._derived(stored.renamed(name), torch.clone, name)
         like = self.program.weights.like(name)
         sizes = tuple(like.shape)
         self.buffers[name] = Buffer(name, "weight", _DTYPES[like.dtype], shape=sizes)
@@ -142,10 +144,10 @@ class Lowering:
         """
         if self.device == "cuda":
             if part == "q" and parse(format).group:
-                halves = self._derived(f"{node.target}.halves", pack_halves, node.target, each=True)
-                return self.weight(halves)
+                name = f"{node.target}.{stored.HALVES}"
+                return self.weight(self._derived(name, pack_halves, node.target, each=True))
             return self.weight(node.target)
-        suffix = "turned" if turned else "panels" if parts == 1 else f"panels{parts}"
+        name = f"{node.target}.{stored.panels(parts, turned)}"
         fmt = parse(format)
 
         def pack(weight: Tensor) -> Tensor:
@@ -153,14 +155,14 @@ class Lowering:
                 weight = weight.transpose(-1, -2)
             return pack_part(part, weight, fmt, weight.shape[-2] if turned else rows, parts)
 
-        return self.weight(self._derived(f"{node.target}.{suffix}", pack, node.target, each=True))
+        return self.weight(self._derived(name, pack, node.target, each=True))
 
     def channel(self, node: fx.Node, like: fx.Node) -> Operand:
         """A weight that is broadcast over rows, one number per column of ``like``."""
         row, name = features(like) or (), node.target
         if shape(node) == (prod(row),):
             return self.weight(name)
-        spread = f"{name}.over{list(row)}"
+        spread = f"{name}.{stored.over(row)}"
         return self.weight(self._derived(spread, lambda w: _per_channel(w, row), name))
 
     def out(self, node: fx.Node) -> Operand:
@@ -240,6 +242,8 @@ class Lowering:
             self.join(node)
         elif packet in KERNELS:
             KERNELS[packet](self, node)
+        elif custom_op(node.target):
+            custom(self, node)
         else:
             self.extern(node)
 

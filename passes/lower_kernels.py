@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache, partial
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
-from ..ir import ops, plan
-from ..ir.plan import Operand, gqa_cache, latent_cache
-from ..ir.program import is_weight, shape
+from ..errors import NotLowered, TokenMixing
+from ..ir import ops, plan, quant
+from ..ir.plan import Operand, Shaped, gqa_cache, latent_cache
+from ..ir.program import is_weight, shape, where
 from ..ir.quant import parse
 from .base import mill
 from .linears import Linear
@@ -66,7 +69,8 @@ def _linear(low: Lowering, node: fx.Node) -> None:
         "channel" if is_weight(e) else "row" for e in linear.extras
     )
     n, k, has_bias = width(node), width(linear.x), linear.bias is not None
-    spec = plan.Linear(n, k, linear.format, has_bias, linear.parts, linear.epilogue, kinds)
+    format = _kernel_format(low, linear.format)
+    spec = plan.Linear(n, k, format, has_bias, linear.parts, linear.epilogue, kinds)
     weight = _matrix(low, "", linear.format, linear.weight, linear.parts)
     bind = {"x": low.operand(linear.x), **weight}
     if linear.bias is not None:
@@ -80,11 +84,38 @@ def _matrix(
     low: Lowering, prefix: str, format: str, weight: list[fx.Node], parts: int = 1
 ) -> dict[str, Operand]:
     """The parts of a weight in the order in which kernels read them."""
+    if _kernel_format(low, format) != format:
+        return {f"{prefix}w": _decoded(low, format, weight)}
     names, rows = parse(format).parts, shape(weight[0])[-2]
     return {
         f"{prefix}{name}": low.matrix(node, name, format, rows, parts)
         for name, node in zip(names, weight, strict=True)
     }
+
+
+def _kernel_format(low: Lowering, format: str) -> str:
+    """The format that kernels read: those of a GPU know no codebooks, and take what their codes stand for."""
+    book = low.device == "cuda" and isinstance(parse(format), quant.Codebook)
+    return "bf16" if book else format
+
+
+def _decoded(low: Lowering, format: str, weight: list[fx.Node]) -> Operand:
+    """The bf16 matrix that a weight in a codebook stands for."""
+    names, weights = [part.target for part in weight], low.program.weights
+    name, inputs = f"{names[0]}.bf16", _inputs(low, names[0])
+    if name not in weights:
+        weights.derive(name, partial(_decode, format, inputs), *names, each=True)
+    return low.weight(name)
+
+
+def _inputs(low: Lowering, stored: str) -> int:
+    """How many inputs the matrices of a quantized weight have."""
+    (source,) = low.program.weights.sources(stored)
+    return int(low.program.weights.like(source).shape[-1])
+
+
+def _decode(format: str, k: int, q: Tensor, scale: Tensor) -> Tensor:
+    return quant.dequantize({"q": q, "scale": scale}, parse(format), k).bfloat16()
 
 
 def _broadcast(low: Lowering, source: fx.Node, like: fx.Node) -> Operand:
@@ -113,12 +144,14 @@ def _rope(low: Lowering, node: fx.Node) -> None:
 
 
 def _cached_attention(low: Lowering, node: fx.Node) -> None:
-    q, k, v, sinks, cache, _, _, _, scale, window, softcap, format = node.args
+    q, k, v, sinks, cache, _, _, _, scale, window, softcap, format, *slopes = node.args
     heads, heads_kv, dims = _heads(q), _heads(k), (shape(k)[-1], shape(v)[-1])
     parts = gqa_cache("", format, heads_kv, *dims).parts
     _cache_write(low, node, plan.CacheWrite(format, parts), cache, k, v)
-    spec = plan.Attend(heads, heads_kv, *dims, scale, format, window, softcap, sinks is not None)
+    has = sinks is not None, bool(slopes)
+    spec = plan.Attend(heads, heads_kv, *dims, scale, format, window, softcap, *has)
     bind = {"sinks": low.operand(sinks)} if sinks is not None else {}
+    bind |= {"slopes": low.operand(slopes[0])} if slopes else {}
     low.emit(node, spec, q=low.operand(q), **bind, cache=low.operand(cache), out=low.out(node))
 
 
@@ -153,19 +186,79 @@ def _route(low: Lowering, node: fx.Node) -> None:
 
 
 def _experts(low: Lowering, node: fx.Node) -> None:
-    x, ids, weights, gate_up, down, residual, up_format, down_format, activation, gated = node.args
+    x, ids, weights, gate_up, down, residual, up_format, down_format, activation, gated, *biases = (
+        node.args
+    )
     count, rows, _ = shape(gate_up[0])
+    formats = _kernel_format(low, up_format), _kernel_format(low, down_format)
     spec = plan.Experts(
-        count, width(ids), width(x), rows // (2 if gated else 1), up_format, down_format,
-        activation, gated, residual is not None,
+        count, width(ids), width(x), rows // (2 if gated else 1), *formats,
+        activation, gated, residual is not None, bool(biases),
     )  # fmt: skip
     inputs = {"x": x, "ids": ids, "weights": weights}
     if residual is not None:
         inputs["residual"] = residual
+    inputs |= dict(zip(("gate_up_bias", "down_bias"), biases, strict=False))
     bind = {name: low.operand(n) for name, n in inputs.items()}
     bind |= _matrix(low, "gate_up_", up_format, gate_up, 2 if gated else 1)
     bind |= _matrix(low, "down_", down_format, down)
     low.emit(node, spec, **bind, out=low.out(node))
+
+
+def custom(low: Lowering, node: fx.Node) -> None:
+    """An op that a user registered: plain tensors in, one row of the result for each row of theirs."""
+    op = ops.custom_op(node.target)
+    assert op is not None
+    operands: list[Shaped] = []
+    attributes: list[tuple[str, Any]] = []
+    bind: dict[str, Operand] = {}
+    for i, argument in enumerate(node.target._schema.arguments):
+        given = node.kwargs.get(argument.name, argument.default_value)
+        value = node.args[i] if i < len(node.args) else given
+        if isinstance(value, fx.Node):
+            bind[argument.name] = low.operand(value)
+            operands.append(_shaped(low, node, argument.name, value, bind[argument.name]))
+        elif isinstance(value, list | tuple):
+            raise _unfit(node, f"its argument {argument.name} is a list: take tensors one by one")
+        else:
+            attributes.append((argument.name, value))
+    out = features(node)
+    if out is None or node.meta["val"].dtype != torch.float32:
+        raise _unfit(node, "it must yield float32, one row for each row of its operands")
+    spec = plan.Custom(op.name, tuple(operands), tuple(attributes), out)
+    if not _takes_rows_alone(spec):
+        raise TokenMixing(op=node.target, where=where(node))
+    low.emit(node, spec, **bind, out=low.out(node))
+
+
+def _shaped(low: Lowering, op: fx.Node, name: str, node: fx.Node, operand: Operand) -> Shaped:
+    if is_weight(node):
+        return Shaped(name, shape(node), low.buffers[operand.buffer].dtype, weight=True)
+    row, buffer = features(node), low.buffers[operand.buffer]
+    if row is None or buffer.kind != "arena" or low.rows(node) != low.rows(op):
+        raise _unfit(op, f"{name} must be computed, and have as many rows as the result")
+    return Shaped(name, row, buffer.dtype)
+
+
+def _unfit(node: fx.Node, why: str) -> NotLowered:
+    return NotLowered(op=node.target, where=where(node), advice=why)
+
+
+@lru_cache(maxsize=256)
+def _takes_rows_alone(spec: plan.Custom) -> bool:
+    """Whether the op's reference yields for rows together what it yields for each, on random numbers."""
+    rng = torch.Generator().manual_seed(0)
+    given: dict[str, Any] = dict(spec.attributes)
+    rows: dict[str, Tensor] = {}
+    for operand in spec.operands:
+        sizes = operand.shape if operand.weight else (3, *operand.shape)
+        floats = operand.dtype in ("f32", "bf16")
+        value = torch.randn(sizes, generator=rng) if floats else torch.zeros(sizes).int()
+        (given if operand.weight else rows)[operand.name] = value
+    call = ops.OPS[spec.op].overload
+    together = call(**given, **rows)
+    alone = [call(**given, **{n: x[i : i + 1] for n, x in rows.items()}) for i in range(3)]
+    return together.shape[0] == 3 and torch.allclose(together, torch.cat(alone), 1e-4, 1e-5)
 
 
 KERNELS: dict[Any, Callable[[Lowering, fx.Node], None]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate
 
 import networkx as nx
 
@@ -23,10 +24,11 @@ def memory(plan: Plan) -> Plan:
     placements = [place(graph, sizes, order) for order in orders(spans, sizes)]
     offsets = min(placements, key=lambda placed: _end(placed, sizes))
     total = _end(offsets, sizes)
-    live = [
-        sum(sizes[n] for n, (first, last) in spans.items() if first <= step <= last)
-        for step in range(len(plan.steps))
-    ]
+    grows = [0] * (len(plan.steps) + 2)
+    for name, (first, last) in spans.items():
+        grows[first] += sizes[name]
+        grows[last + 1] -= sizes[name]
+    live = [*accumulate(grows)][: len(plan.steps)]
     report = {"bytes": total, "unshared": sum(sizes.values()), "live": max(live, default=0)}
     buffers = {
         name: replace(b, offset=offsets[name]) if b.kind == "arena" else b

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..errors import BadRecipe, WrongRewrite
+from ..errors import BadRecipe, IllegalProgram, WrongRewrite
 from ..ir.legal import verify
 from ..ir.program import Program, Runner, where
-from ..recipe import Recipe
+from ..recipe import Recipe, UserPass, load_module
 from .balance import Balance
 from .base import Pass
 from .calibrate import Calibrate
@@ -31,6 +31,7 @@ from .fuse_residual_norm import FuseResidualNorm
 from .fuse_router import FuseRouter
 from .hoist_views import HoistViews
 from .insert_cache import InsertCache
+from .latent_kv import LatentKV
 from .lift_attention import LiftAttention
 from .lift_rope import LiftRope
 from .merge_linears import MergeLinears
@@ -51,16 +52,20 @@ _SAMPLE_TOKENS = 48
 class Fit:
     """What passes are fitted to: sequences of token ids ``[T]``, where their work is kept, who hears of it.
 
-    Without text nothing is fitted, which is how a dry run says what would become of a model.
+    ``text`` is what weights are rounded for, ``healing`` what they are trained on, and ``held`` what is kept
+    from training, to judge it.  Without text nothing is fitted, which is how a dry run says what would become
+    of a model.
     """
 
     text: Sequence[Tensor] = ()
+    healing: Sequence[Tensor] = ()
+    held: Sequence[Tensor] = ()
     workspace: Workspace | None = None
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
 
 
-def pipeline(recipe: Recipe, fit: Fit = Fit()) -> list[Pass]:
-    """Every pass from a traced graph to one that can be lowered, in order."""
+def pipeline(recipe: Recipe, fit: Fit = Fit(), after: str | None = None) -> list[Pass]:
+    """Every pass from a traced graph to one that can be lowered, in order; or those ``after`` one of them."""
     passes: list[Pass] = [
         Canonicalize(),
         FoldWeights(),
@@ -75,6 +80,7 @@ def pipeline(recipe: Recipe, fit: Fit = Fit()) -> list[Pass]:
         CompressKV(),
         ProveTokens(),
         SelectRows(),
+        *_latent(recipe, fit),
         *([Rotate(recipe=recipe)] if recipe.rotate else []),  # while linear maps stand alone
         InsertCache(format=recipe.kv),
         FuseLinear(),
@@ -90,13 +96,59 @@ def pipeline(recipe: Recipe, fit: Fit = Fit()) -> list[Pass]:
         *_calibration(recipe, fit),
         FuseDequantize(),
     ]
-    known = {p.name for p in passes} | {Calibrate.name, Rotate.name, Balance.name}
+    for index, user in enumerate(recipe.passes):
+        _insert(passes, user, f"passes[{index}]")
+    optional = {Calibrate.name, Rotate.name, Balance.name, LatentKV.name}
+    known = {p.name for p in passes} | optional
     if unknown := [name for name in recipe.disable if name not in known]:
         raise BadRecipe(
             where="disable", reason=f"there is no pass {unknown[0]!r}",
             advice=f"passes: {', '.join(sorted(known))}",
         )  # fmt: skip
-    return [p for p in passes if p.name not in recipe.disable]
+    begin = 0 if after is None else 1 + [p.name for p in passes].index(after)
+    return [p for p in passes[begin:] if p.name not in recipe.disable]
+
+
+def _latent(recipe: Recipe, fit: Fit) -> list[Pass]:
+    if recipe.conversion is None:
+        return []
+    return [LatentKV(recipe.conversion, fit.healing, fit.held, fit.workspace, fit.progress)]
+
+
+def _insert(passes: list[Pass], user: UserPass, where: str) -> None:
+    """Add a pass of the user's own beside the one that it names."""
+    names, beside = [p.name for p in passes], user.before or user.after
+    if beside not in names:
+        field = "before" if user.before else "after"
+        raise BadRecipe(
+            where=f"{where}.{field}", reason=f"there is no pass {beside!r}",
+            advice=f"passes: {', '.join(names)}",
+        )  # fmt: skip
+    made = _made(user, where)
+    if made.name in names:
+        raise BadRecipe(
+            where=f"{where}.use", reason=f"there is a pass {made.name!r} already",
+            advice="give the class another `name`",
+        )  # fmt: skip
+    passes.insert(names.index(beside) + (user.before is None), made)
+
+
+def _made(user: UserPass, where: str) -> Pass:
+    module, _, path = user.use.partition(":")
+    found: Any = load_module(module, f"{where}.use")
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    if not (isinstance(found, type) and issubclass(found, Pass)):
+        raise BadRecipe(
+            where=f"{where}.use", reason=f"{user.use!r} is not a subclass of Pass",
+            advice="write it as module:Class; see examples/extend",
+        )  # fmt: skip
+    try:
+        return found(**user.options)
+    except TypeError as error:
+        raise BadRecipe(
+            where=f"{where}.options", reason=str(error), advice=f"they are the fields of {user.use}"
+        ) from error
 
 
 def _calibration(recipe: Recipe, fit: Fit) -> list[Pass]:
@@ -105,9 +157,11 @@ def _calibration(recipe: Recipe, fit: Fit) -> list[Pass]:
     return [Calibrate(fit.text, recipe.rounding, fit.workspace, fit.progress)]
 
 
-def before_quantization(program: Program, recipe: Recipe, fit: Fit) -> Program:
-    """A copy of a captured program with all passes run that come before Quantize."""
-    program, passes = program.copy(), pipeline(recipe, fit)
+def before_quantization(
+    program: Program, recipe: Recipe, fit: Fit, after: str | None = None
+) -> Program:
+    """A copy of a program, with all passes run that come between the pass ``after`` and Quantize."""
+    program, passes = program.copy(), pipeline(recipe, fit, after)
     names = [one.name for one in passes]
     run_passes(program, passes[: names.index(Quantize.name)])
     return program
@@ -156,6 +210,8 @@ def _run_one(program: Program, one: Pass, check: bool) -> PassResult:
     nodes = len(program.graph.nodes)
     start = time.perf_counter()
     matches = one.run(program)
+    if not type(one).__module__.startswith(f"{__package__}."):
+        _infer_shapes(program, one)
     seconds = time.perf_counter() - start
     if one.produces is not None:
         program.stage = one.produces
@@ -167,6 +223,19 @@ def _run_one(program: Program, one: Pass, check: bool) -> PassResult:
     if check:
         result.error = _compare(before, program, one)
     return result
+
+
+def _infer_shapes(program: Program, one: Pass) -> None:
+    """Shapes of all nodes anew, which passes of users need not keep right."""
+    for node in program.graph.nodes:
+        if node.op != "call_function":
+            continue
+        try:
+            node.meta["val"] = program.infer(node)
+        except Exception as error:
+            raise IllegalProgram(
+                pass_name=one.name, reason=f"shapes do not fit: {error}", node=node.format_node()
+            ) from error
 
 
 # --- the capture itself -----------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from ..errors import WrongFormat
 from ..ir import quant
+from ..ir.ops import custom_op
 from ..ir.program import Program, Stage, module_path, shape, where
 from ..recipe import Recipe, Role
 from .base import Pass, aten, is_call, mill, sweep
@@ -100,9 +101,8 @@ class Quantize(Pass):
             wanted = self.recipe.format_for(originals, "linear")
             if wanted != "fp32":
                 kept = _decide(program, node.target, "linear", "fp32")
-                reason = (
-                    f"{reader.target} at {module_path(reader)} reads it, which is left to torch"
-                )
+                why = "takes plain tensors" if custom_op(reader.target) else "is left to torch"
+                reason = f"{reader.target} at {module_path(reader)} reads it, which {why}"
                 yield replace(kept, wanted=wanted, escaped=reason)
 
 
@@ -142,7 +142,7 @@ def _multiplier(weight: fx.Node) -> fx.Node | None:
     if sum(size > 1 for size in shape(weight)) < 2:
         return None
     for user in weight.users:
-        known = getattr(user.target, "namespace", "") == "tokenmill"
+        known = getattr(user.target, "namespace", "") == "tokenmill" and not custom_op(user.target)
         pointwise = torch.Tag.pointwise in getattr(user.target, "tags", ())
         if user.op == "call_function" and not (known or pointwise or is_call(user, *_LOOKUPS)):
             return user

@@ -6,7 +6,7 @@ matching every way in which somebody may have written it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import networkx as nx
 import torch
@@ -20,8 +20,11 @@ _ORIGIN = "origin"  # feeds all roots of a search
 
 
 def is_token_count(node: fx.Node) -> bool:
-    """Whether the node is the step's token count, the one free size of a program."""
-    return is_call(node, aten.sym_size.int)
+    """Whether the node is the step's token count, the size that all rows have in common.
+
+    Sizes of selections (tokens of one expert, say) are others.
+    """
+    return is_call(node, aten.sym_size.int) and node.args[0].op == "placeholder"
 
 
 class Region:
@@ -43,11 +46,30 @@ class Region:
         self.graph.output(tuple(values[o] for o in outputs))
         self.weights = [n.target for n in self.graph.nodes if n.op == "get_attr"]
 
+    @property
+    def structure(self) -> Hashable:
+        """Equal for regions that do the same with their inputs and weights, whatever these are."""
+        weights = list(dict.fromkeys(self.weights))
+        labels = {node: _Label(f"%{i}") for i, node in enumerate(self.graph.nodes)}
+        lines = []
+        for node in self.graph.nodes:
+            target = weights.index(node.target) if node.op == "get_attr" else node.target
+            arguments = fx.map_arg((node.args, node.kwargs), labels.__getitem__)
+            lines.append((node.op, str(target), repr(arguments)))
+        return tuple(lines)
+
     def __call__(
         self, inputs: Sequence[Tensor], tokens: int, weights: Weights | dict[str, Tensor]
     ) -> tuple[Tensor, ...]:
         with torch.no_grad():
             return tuple(Runner(self.graph, weights).run(tokens, *inputs))
+
+
+class _Label(str):
+    """A node's place in a region; its repr is no string's."""
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 def _ordered(outputs: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> list[fx.Node]:
@@ -61,7 +83,7 @@ def _ordered(outputs: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> list[fx.N
         needed.add(node)
         if not is_token_count(node):
             stack.extend(node.all_input_nodes)
-    return [n for n in outputs[0].graph.nodes if n in needed]
+    return sorted(needed)
 
 
 def dataflow(program: Program) -> nx.DiGraph:

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, fx
 
 from ..ir.program import Program, is_weight, module_path, shape
 from ..recipe import Recipe
 from .base import Pass, aten, calls, is_call, mill, sweep
 from .channels import set_weight, users, weight_at
-from .fuse_norm import ones
 from .hadamard import turn_bias, turn_columns, turn_rows
 
 _ATTENTION = (mill.attention, mill.cached_attention)
@@ -156,6 +156,8 @@ class _Class:
             self._edit(node, 0, turn_columns)
         elif is_call(node, mill.experts):
             self._edit(node, 4, turn_rows)
+            if len(node.args) > 11:
+                self._edit(node, 11, turn_bias)
             return [] if node.args[5] is None else [node.args[5]]
         elif is_call(node, *_LATENT):
             self._edit(node, 4, turn_rows)
@@ -219,8 +221,10 @@ class _Class:
         for edit in self.edits:
             edit.apply(self.program)
         for norm in self.norms:
-            with self.program.graph.inserting_before(norm):
-                norm.update_arg(1, ones(self.program, shape(norm.args[1])[-1]))
+            old = str(norm.args[1].target)
+            if (name := f"{old}.ones") not in self.program.weights:
+                self.program.weights.derive(name, torch.ones_like, old, origins=[old])
+            set_weight(self.program, norm, 1, name)
 
 
 def _tied(node: fx.Node) -> list[fx.Node] | None:

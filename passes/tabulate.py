@@ -81,13 +81,15 @@ def tabulated(program: Program, node: fx.Node) -> str:
     region, length = Region([node], [program.input("positions")]), program.positions
     sources = list(dict.fromkeys(region.weights))
 
+    def rows(index: Tensor, *values: Tensor) -> Tensor:
+        out = region([index[None]], len(index), dict(zip(sources, values, strict=True)))[0]
+        out = torch.view_as_real(out) if out.is_complex() else out
+        return out.reshape(len(index), -1).float().contiguous()
+
     def compute(*values: Tensor) -> Tensor:
         device = values[0].device if values else "cpu"
-        at = torch.arange(length, device=device)[None]
-        out = region([at], length, dict(zip(sources, values, strict=True)))[0]
-        out = torch.view_as_real(out) if out.is_complex() else out
-        return out.reshape(length, -1).float().contiguous()
+        return rows(torch.arange(length, device=device), *values)
 
     name = program.weights.fresh(f"positions.{node.name}")
-    program.weights.derive(name, compute, *sources)
+    program.weights.derive(name, compute, *sources, rows=rows)
     return name

@@ -34,6 +34,10 @@ class Workspace:
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
 
+    def room(self, name: str, key: Mapping[str, Any]) -> Workspace:
+        """A directory inside for one of several pieces of work, with results and a state of its own."""
+        return Workspace(self.path / name, key)
+
     # --- results, kept under a name
 
     def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:

@@ -3,9 +3,12 @@
     manifest.json           format version, targets, recipe, report, SHA-256 of every file
     plan.json               the steps and buffers (ir.plan.dump) on a CPU
     plan.cuda.json          the same on a GPU
+    program.json            the graph that the plans were made from (ir.serialize.dump), for exports
     weights/*.safetensors   memory-mapped when it runs
     kernels/<target>/       readable sources, and step.so or cubins
     tokenizer/              tokenizer.json and its configs, where the model had them
+    source/                 config.json of the checkpoint, where there was one, and which of its tensors
+                            each weight holds (export.parameters)
     report.html
 
 It is written beside its place and renamed into it, so it is there whole or not at all.
@@ -42,6 +45,7 @@ from .tensors import Bytes, Data, Tensor, TensorSpec, map_tensors, write_tensors
 __all__ = ["Artifact", "ArtifactWriter", "Target", "TensorSpec", "check_output"]
 
 PLANS = {"cpu": "plan.json", "cuda": "plan.cuda.json"}
+PROGRAM = "program.json"
 # Opening hashes the files, one at a time to a core: enough shards to share out, none of them tiny.
 SHARDS, SHARD_BYTES_MIN, SHARD_BYTES_MAX = 16, 1 << 25, 1 << 30
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

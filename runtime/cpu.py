@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import tempfile
 import time
 from ctypes import POINTER, c_char_p, c_int32, c_int64, c_void_p
 from pathlib import Path
@@ -217,7 +218,7 @@ def _load(artifact: Artifact, target: Target) -> ctypes.CDLL:
     """The step library of ``target`` with its functions typed, if it is what the manifest says."""
     file = (artifact.path / target.entry).resolve()
     try:
-        library = ctypes.CDLL(str(file))
+        library = _open(file)
         _declare(library)
     except (OSError, AttributeError) as error:
         raise _foreign((target,), str(error)) from error
@@ -227,6 +228,16 @@ def _load(artifact: Artifact, target: Target) -> ctypes.CDLL:
     if f"cpu-{isa}" != Path(target.directory).name:
         raise errors.ArtifactDamaged(file=target.entry, reason=f"it was built for {isa}")
     return library
+
+
+def _open(file: Path) -> ctypes.CDLL:
+    """The library as it is now: by its own name the loader would yield the one that it opened there before,
+    even if an artifact was compiled anew since.
+    """
+    with tempfile.TemporaryDirectory(prefix="tokenmill-") as folder:
+        link = Path(folder) / file.name
+        link.symlink_to(file)
+        return ctypes.CDLL(str(link))
 
 
 def _declare(library: ctypes.CDLL) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -109,22 +109,27 @@ def write_tensors(
     index: Sequence[TensorSpec],
     data: Iterable[tuple[str, Data]],
     shard_bytes: int,
-) -> None:
+    called: Callable[[int, int], str] = lambda number, count: f"shard-{number:05d}.safetensors",
+) -> dict[str, str]:
     """Write the shards of ``index``, taking ``data`` in any order, one tensor in memory at a time.
 
-    Raises ValueError for a name that is unknown, given twice or missing, or data of the wrong size.
+    Shard ``number`` of ``count`` is ``called`` so; returns the shard of every tensor.  Raises ValueError for
+    a name that is unknown, given twice or missing, or data of the wrong size.
     """
     places: dict[str, Place] = {}
-    for number, group in enumerate(split(index, shard_bytes)):
-        places |= write_header(folder / f"shard-{number:05d}.safetensors", ordered(group))
+    groups = list(split(index, shard_bytes))
+    for number, group in enumerate(groups):
+        places |= write_header(folder / called(number, len(groups)), ordered(group))
     if len(places) != len(index):
         raise ValueError("the index names a tensor twice")
+    shards = {name: place.file.name for name, place in places.items()}
     for name, values in data:
         if name not in places:
             raise ValueError(f"tensor {name!r} is not in the index, or came twice")
         _write_at(places.pop(name), name, values)
     if places:
         raise ValueError(f"no data came for tensors {sorted(places)[:3]}")
+    return shards
 
 
 def _write_at(place: Place, name: str, values: Data) -> None:

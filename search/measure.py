@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -10,29 +9,13 @@ import torch
 from torch import Tensor
 
 from ..ir import cache as kv
+from ..ir.loss import Loss, Sums, divergence, sums
 from ..ir.program import Program
+
+__all__ = ["Loss", "Yardstick", "batch", "divergence", "run", "together"]
 
 STEP_TOKENS = 2048  # that are run together, in whole sequences
 KEPT_BYTES = 1 << 30  # of the original's logits; past it they are computed again
-
-
-@dataclass(frozen=True)
-class Loss:
-    """Of ``tokens`` predicted tokens: the ``rise`` of the mean negative log likelihood and the mean
-    ``kl`` divergence KL(original || other), in nats per token, each with its standard error.
-
-    The errors are over sequences, because neighbouring tokens are not independent.
-    """
-
-    tokens: int
-    rise: float
-    rise_error: float
-    kl: float
-    kl_error: float
-
-    @property
-    def perplexity_percent(self) -> float:
-        return 100 * math.expm1(self.rise)
 
 
 @dataclass
@@ -45,14 +28,13 @@ class Yardstick:
 
     def loss(self, program: Program) -> Loss:
         """What ``program`` loses; it must have the same vocabulary."""
-        rows = []
+        rows: list[Sums] = []
         for i, sequences in enumerate(together(self.text, STEP_TOKENS)):
             expected, actual = self._expected(i, sequences), run(program, sequences)
             lengths = [len(ids) for ids in sequences]
             pairs = zip(sequences, expected.split(lengths), actual.split(lengths), strict=True)
-            rows += [_sums(*pair) for pair in pairs]
-        tokens, rise, kl = torch.tensor(rows, dtype=torch.float64).T
-        return Loss(int(tokens.sum()), *_mean(rise, tokens), *_mean(kl, tokens))
+            rows += [sums(*pair) for pair in pairs]
+        return Loss.of(rows)
 
     def _expected(self, i: int, sequences: Sequence[Tensor]) -> Tensor:
         if i in self._kept:
@@ -98,33 +80,3 @@ def run(program: Program, sequences: Sequence[Tensor]) -> Tensor:
     ids = torch.cat(list(sequences))
     metadata = batch([len(s) for s in sequences])
     return program.execute(ids, metadata, torch.arange(len(ids)), {})
-
-
-def divergence(original: Tensor, other: Tensor) -> Tensor:
-    """KL(original || other) of each row of logits.
-
-    Summed as p (d + exp(-d) - 1) with d = log p - log q: no term is negative, and small ones keep
-    their digits, while those of p d cancel.
-
-    >>> f"{divergence(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.001]])).item():.3g}"  # 1e-6 / 8
-    '1.25e-07'
-    """
-    p, q = original.log_softmax(-1), other.log_softmax(-1)
-    return (p.exp() * (p - q + torch.expm1(q - p))).sum(-1)
-
-
-def _sums(ids: Tensor, original: Tensor, other: Tensor) -> tuple[float, float, float]:
-    """Predicted tokens of one sequence, and the sums of their rise and divergence."""
-    original, other, targets = original[:-1], other[:-1], ids[1:, None]
-    rise = original.log_softmax(-1).gather(-1, targets) - other.log_softmax(-1).gather(-1, targets)
-    kl = divergence(original, other)
-    return len(targets), float(rise.double().sum()), float(kl.double().sum())
-
-
-def _mean(sums: Tensor, counts: Tensor) -> tuple[float, float]:
-    """The mean per token and its standard error, by the spread of sequences of unequal lengths."""
-    mean = sums.sum() / counts.sum()
-    left = (sums - mean * counts).square().sum()
-    n = len(sums)
-    error = (left * n / (n - 1)).sqrt() / counts.sum() if n > 1 else torch.tensor(torch.inf)
-    return float(mean), float(error)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from glob import escape
 
+from ..ir.loss import MARGIN
 from ..ir.program import Program
 from ..passes.pipeline import run_passes
 from ..passes.quantize import Quantize
@@ -19,7 +20,6 @@ ROUNDS = 8  # of measuring a choice and moving the level
 CLOSE = 0.97  # levels that differ by less are not told apart,
 ALIKE = 1.005  # nor costs that do
 TINY = 1e-9  # nats
-MARGIN = 2.0  # standard errors: the true loss is past it once in forty times
 # What a byte of memory costs beside one that is read, until the fastest choice fits.
 PRICES = (0.0, 0.25, 1.0, 4.0, 64.0)
 
@@ -59,15 +59,11 @@ class Trials:
         return held(candidate) if self.budget.memory else stored(candidate)
 
     def guarded(self, trial: Trial) -> float:
-        """The loss to hold against the budget: as measured, and two standard errors more.
-
-        For perplexity no less than the divergence, which is what the rise would be on text of the original's
-        own, and known ten times better: on a few thousand tokens a rise can be near zero by luck.
-        """
+        """The loss to hold against the budget: as measured, and two standard errors more."""
         found = trial.loss
         if self.budget.measure == "kl":
             return found.kl + MARGIN * found.kl_error
-        return max(found.rise + MARGIN * found.rise_error, found.kl)
+        return found.guarded
 
     def within(self, trial: Trial) -> bool:
         return self.budget.nats is None or self.guarded(trial) <= self.budget.nats

@@ -59,10 +59,59 @@ CONFIGS: dict[str, Any] = {
 }
 
 
+_SCALED = _YARN | {
+    "max_position_embeddings": 256,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "llama_4_scaling_beta": 0.1,
+    "partial_rotary_factor": 0.5,
+}
+# Others than those that everything is tested with: what each brings that they do not.
+_MORE: dict[str, Any] = {
+    # addmm, learned positions
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=256
+    ),
+    # attention of its own under a mask that the library makes, ALiBi
+    "bloom": lambda: transformers.BloomConfig(vocab_size=VOCAB, hidden_size=64, n_layer=2, n_head=4),
+    # layer norm spelled out
+    "cohere": lambda: transformers.CohereConfig(**_GQA),
+    # norms after the rotation
+    "hunyuan_v1_dense": lambda: transformers.HunYuanDenseV1Config(**_GQA, head_dim=16),
+    # sinks, biased experts, interleaved and clamped gates
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        **_GQA, head_dim=16, num_local_experts=6, num_experts_per_tok=2, sliding_window=40
+    ),
+    # top-1 that weighs inputs, queries scaled by position
+    "llama4_text": lambda: transformers.Llama4TextConfig(
+        **_GQA, head_dim=16, intermediate_size_mlp=96, num_local_experts=6, num_experts_per_tok=1,
+        no_rope_layers=[1, 0], interleave_moe_layer_step=1, floor_scale=16, attn_scale=0.3,
+    ),
+    # latents of another family
+    "mistral4": lambda: transformers.Mistral4Config(
+        **_MLA | {"qk_nope_head_dim": 8, "n_group": 1, "topk_group": 1}, q_lora_rank=32,
+        rope_parameters=_SCALED,
+    ),
+}  # fmt: skip
+# name -> (whether it has latent attention, how many blocks of experts)
+FAMILIES: dict[str, tuple[bool, int]] = {
+    **dict.fromkeys(_MORE, (False, 0)),
+    "gpt_oss": (False, 2),
+    "llama4_text": (False, 2),
+    "mistral4": (True, 1),
+}
+
+
+def _build(config: Any) -> Any:
+    kind = getattr(transformers, type(config).__name__.replace("Config", "ForCausalLM"), None)
+    known = type(config) in transformers.AutoModelForCausalLM._model_mapping
+    return transformers.AutoModelForCausalLM.from_config(config) if known else kind(config)
+
+
 def pretrained(name: str) -> Any:
     """A random transformers model; every router tensor matters."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]()).float().eval()
+    model = _build((CONFIGS | _MORE)[name]()).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

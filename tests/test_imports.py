@@ -23,6 +23,7 @@ ALLOWED = {
     "passes": {"errors", "ir", "recipe"},
     "capture": {"errors", "ir"},
     "codegen": {"errors", "ir", "runtime.artifact"},
+    "export": {"__version__", "api", "capture", "errors", "ir", "passes", "runtime"},
 }
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from html.parser import HTMLParser
 from itertools import pairwise
 from typing import Any
 
 import networkx as nx
 import pytest
+from tokenmill.console import facts_view
 from tokenmill.drawing import layout
 from tokenmill.report import render
 
@@ -153,6 +155,92 @@ def test_a_search_with_one_point_and_no_limit_is_shown(facts: dict[str, Any], me
     assert page.count("<circle") == 1
     assert "nan" not in page
     assert "budget: " not in page
+
+
+def test_kv_compression_is_shown_with_its_steps_curve_and_bounds(facts: dict[str, Any]) -> None:
+    assert "KV compression" not in render(facts | {"kv_compress": None}, {})
+    found = facts | {"kv_compress": _conversion_facts()}
+    page = render(found, {})
+    reader = _Reader(page)
+    assert reader.links == []
+    assert page.count("<circle") == 3
+    assert page.count('<g class="chosen">') == 1
+    for expected in (
+        "their caches hold 288 values per token, not 512", "take 640 B per token, not 1.09 kB: 1.7x",
+        "2 other caches", "scale and turn", "-0.0000% ± 0.0000%", "+8.33% ± 0.60%", "+0.60% ± 0.20%",
+        "for 9.9 minutes, on 81,920 tokens", "Diverged after 9.9 minutes", "10.0 minutes: KL 5 ± 0.4",
+        "at most 1,024", "14,285,714", "24,390,243", "131,072", "1.65x", "a bound and not a measurement",
+        "320 kB more than before", "are past this model's positions", "model.layers.1.<attention>",
+        "2 layers, 96 to 112 latents per token",
+    ):  # fmt: skip
+        assert any(expected in text for text in reader.texts), expected
+    assert "flex:112" in page
+    assert "<attention>" not in page
+    assert "perplexity after each step: scale and turn -0.00% (KL 4.2e-13), " in _console(found)
+    assert "KV compression: 1.09 kB -> 640 B per token (1.7x smaller)" in _console(found)
+
+
+def test_a_conversion_that_was_not_measured_is_shown(facts: dict[str, Any]) -> None:
+    whole = _conversion_facts()
+    dry = {k: v for k, v in whole.items() if k not in ("steps", "healing", "fold")}
+    found = facts | {"kv_compress": dry}
+    texts = _Reader(page := render(found, {})).texts
+    assert "Nothing was measured: a dry run converts shapes only." in texts
+    assert "Healing" not in texts
+    assert "<circle" not in page
+    assert "not measured" in _console(found)
+
+
+@pytest.mark.parametrize("curve", [[], [[0.0, 99, 0.0, math.inf, 0.0, math.inf]]])
+def test_a_healing_without_a_curve_is_shown(facts: dict[str, Any], curve: list[Any]) -> None:
+    found = _conversion_facts()
+    found["healing"] = found["healing"] | {
+        "curve": curve,
+        "ending": "",
+        "tokens": 0,
+        "unit": "minutes",
+        "used": 0.0,
+    }
+    for step in found["steps"]:
+        step |= {"rise_error": math.inf, "kl_error": math.inf}
+    page = render(facts | {"kv_compress": found}, {})
+    assert "for 0.0 minutes, on 0 tokens." in page
+    assert "<circle" not in page
+    assert "inf" not in " ".join(_Reader(page).texts).split()
+
+
+def _console(facts: dict[str, Any]) -> str:
+    shown = facts | {"calibration": None, "search": None}
+    return "\n".join(text for text in facts_view(shown) if isinstance(text, str))
+
+
+def _conversion_facts() -> dict[str, Any]:
+    def step(name: str, rise: float, error: float, kl: float) -> dict[str, Any]:
+        return {"step": name, "exact": name == "scale and turn", "tokens": 4088, "rise": rise,
+                "perplexity_increase_percent": 100 * math.expm1(rise), "rise_error": error, "kl": kl,
+                "kl_error": kl / 10}  # fmt: skip
+
+    return {
+        "steps": [
+            step("scale and turn", -7.2e-9, 1.4e-8, 4.2e-13), step("keep 32 rotary", 0.03, 0.004, 0.025),
+            step("factorise", 0.08, 0.006, 0.075), step("heal", 0.006, 0.002, 0.005),
+        ],
+        "healing": {
+            "tokens": 81_920, "unit": "minutes", "used": 9.9,
+            "ending": "diverged after 9.9 minutes and ended there",
+            "curve": [[0.0, 5621, 0.08, 0.006, 0.075, 0.0075], [5.0, 5621, 0.01, 0.003, 0.011, 0.001],
+                      [10.0, 5621, 0.006, 0.002, 0.005, 0.0004]],
+        },
+        "layers": [
+            {"path": f"model.layers.{i}.<attention>", "rank": rank, "rotary": 40, "before": 256}
+            for i, rank in enumerate((96, 112))
+        ],
+        "values_before": 512, "values_after": 288, "fold": 2, "kept": [],
+        "bytes_before": 1088, "bytes_after": 640, "weight_bytes_added": 320_000,
+        "contexts": [{"memory_bytes": 16 * 10**9, "before": 14_285_714, "after": 24_390_243}],
+        "decode": [{"context": c, "before": 5_780_000 + 1088 * c, "after": 6_100_000 + 640 * c}
+                   for c in (512, 131_072)],
+    }  # fmt: skip
 
 
 def _search_facts(nats: float | None) -> dict[str, Any]:

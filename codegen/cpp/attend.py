@@ -14,12 +14,13 @@ HEADER = "attention.h"
 def symbol(spec: Attend) -> str:
     window = f"_window{spec.window}" if spec.window else ""
     dims = f"h{spec.heads}_kv{spec.heads_kv}_d{spec.head_dim}_v{spec.value_dim}"
-    return f"attend_{dims}_{spec.cache_format}{window}"
+    alibi = "_alibi" if spec.slopes else ""
+    return f"attend_{dims}_{spec.cache_format}{window}{alibi}"
 
 
 def emit(spec: Attend, name: str) -> str:
     cache = spec.cache
-    sinks = ["const void *sinks"] if spec.sinks else []
+    extras = ["const void *sinks"] * spec.sinks + ["const void *slopes"] * spec.slopes
     return fill(
         TEMPLATE,
         symbol=name,
@@ -36,14 +37,23 @@ def emit(spec: Attend, name: str) -> str:
         row_bytes=cache.row_bytes,
         key_scale=cache.scale_offset,
         value_scale=cache.scale_offset + 4 * spec.heads_kv,
+        bias=" + slopes[h] (j - p)" if spec.slopes else "",
         sinks="(const float *)sinks" if spec.sinks else "nullptr",
+        slopes=", (const float *)slopes" if spec.slopes else "",
+        slopes_member="\n  const float *slopes;" if spec.slopes else "",
+        slopes_rows="\n" + SLOPES_ROWS if spec.slopes else "",
+        slopes_panel=", nullptr, slope + r" if spec.slopes else "",
         sink=", sinks[head]" if spec.sinks else "",
-        signature=signature("Rows<float> q", *sinks, "const void *cache", "Rows<float> out"),
+        signature=signature("Rows<float> q", *extras, "const void *cache", "Rows<float> out"),
     )
 
 
+SLOPES_ROWS = """
+    float slope[PANELS * PANEL];
+    for (int r = 0; r < PANELS * PANEL; r++) slope[r] = slopes[kv * GROUP + r % GROUP];
+""".strip("\n")
 TEMPLATE = """
-// out[t, h] = softmax_j(q[t, h] . key[j, h / GROUP] * $scale) value[j, h / GROUP]
+// out[t, h] = softmax_j(q[t, h] . key[j, h / GROUP] * $scale$bias) value[j, h / GROUP]
 // over keys $sees for a query at position p;  q [rows, $heads, $dim], out [rows, $heads, $value],
 // cache row: keys [$heads_kv, $dim], values [$heads_kv, $value]
 namespace $symbol {
@@ -75,7 +85,7 @@ struct Call {
   const float *sinks;
   const void *cache;
   const Queries &queries;
-  Partial slots;
+  Partial slots;$slopes_member
 
   Partial slot(const Tile &tile, int kv, int parts, int i) const {
     return slots.row(((tile.row * HEADS_KV + tile.tokens * kv) * parts + tile.tokens * i) * GROUP);
@@ -100,7 +110,7 @@ struct Call {
       const float *x = q[tile.first + r / GROUP] + (kv * GROUP + r % GROUP) * DIM;
       Inputs::pack(row + r % PANEL * ROW, x, DIM);
       if ((r + 1) % PANEL == 0 || r + 1 == rows) panel_of_rows(row, ROW, panel + r / PANEL * PANEL * ROW);
-    }
+    }$slopes_rows
     const Span<Cache> key_at{kv * DIM * SIZE, DIM, DIM, $key_scale + 4 * kv};
     const Span<Cache> value_at{(HEADS_KV * DIM + kv * VALUE) * SIZE, VALUE, VALUE, $value_scale + 4 * kv};
     const int p0 = a.positions[tile.first], from = max(begin, queries.oldest_of(tile));
@@ -120,7 +130,7 @@ struct Call {
         newest[r] = (float)(p0 + min(r / GROUP, tile.tokens - 1) - base);
       for (int r = 0; r < rows; r += PANEL)
         attend_block<Math>({panel + r * ROW, keys.at, values.at, DIM, VALUE, count, min(PANEL, rows - r),
-                            newest + r, SCALE, SOFTCAP, WINDOW},
+                            newest + r, SCALE, SOFTCAP, WINDOW$slopes_panel},
                            space, result.row(r), true);
     });
     if (parts == 1) finish(tile, kv, all);
@@ -148,7 +158,7 @@ $signature
   Scratch shared{th.shared};
   Queries queries{a, TOKENS, MAX_ROWS, MAX_ROWS + 1, WINDOW};
   const Partial slots = Partial::take(shared, SLOT_ROWS, PITCH);
-  const Call call{th, a, q, out, $sinks, cache, queries, slots};
+  const Call call{th, a, q, out, $sinks, cache, queries, slots$slopes};
   bool later = false;
   for (TileBatch b; queries.next(b); later = true) {
     const int tiles = b.count * HEADS_KV;

@@ -237,6 +237,7 @@ struct Block {
   float scale, softcap;
   int window;
   Ahead *ahead = nullptr;  // rows of a later block
+  const float *slopes = nullptr;  // [16] of ALiBi, per row
 };
 
 struct BlockScratch {
@@ -259,6 +260,7 @@ TM_NOINLINE void softmax(const Block &b, const BlockScratch &scratch, const Part
     float *s = scratch.scores + v * LANES;
     const vf newest = load(b.newest + v * LANES);
     const vf oldest = b.window ? newest - (float)(b.window - 1) : vf{};
+    const vf slope = b.slopes ? load(b.slopes + v * LANES) * LOG2_E : vf{};
     vf best[WAYS], sums[WAYS] = {};
     for (int w = 0; w < WAYS; w++) best[w] = splat(-__builtin_inff());
     for (int j = 0; j < count; j += WAYS)
@@ -266,6 +268,7 @@ TM_NOINLINE void softmax(const Block &b, const BlockScratch &scratch, const Part
         const vf key = splat((float)(j + w));
         vf x = load(s + (j + w) * PANEL) * (b.scale * LOG2_E);
         if (b.softcap != 0.0f) x = b.softcap * LOG2_E * tanh(load(s + (j + w) * PANEL) * b.scale / b.softcap);
+        if (b.slopes) x += slope * (key - newest);
         x = select((key <= newest) & (key >= oldest), x, splat(-__builtin_inff()));
         best[w] = x > best[w] ? x : best[w];
         store(s + (j + w) * PANEL, x);

@@ -14,6 +14,8 @@ from ..text import call, fill, symbols
 from . import (
     attend,
     cache_write,
+    codebook,
+    custom,
     embed,
     experts,
     latent_attend,
@@ -39,6 +41,7 @@ EMITTERS: dict[str, ModuleType] = {
     "latent_attend": latent_attend,
     "route": route,
     "experts": experts,
+    "custom": custom,
 }
 SUPPORT = ("simd.h", "weights.h", "matmul.h", "pool.h", "cache.h", "attention.h", "route.h")
 INPUTS = {
@@ -57,6 +60,8 @@ def emit(plan: Plan, target: CpuTarget) -> dict[str, str]:
     names = symbols(plan, EMITTERS)
     sources = {name: _support(name) for name in SUPPORT}
     sources["tiles.h"] = tiles.emit(tiles.TILES[target.name])
+    if books := codebook.used(plan):
+        sources["codebooks.h"] = codebook.emit(books)
     for kind in EMITTERS:
         kernels = {s: n for s, n in names.items() if s.kind == kind}
         if kernels:
@@ -78,12 +83,15 @@ def _kind_header(kind: str, kernels: dict[KernelSpec, str]) -> str:
 
 def _step_file(plan: Plan, target: CpuTarget, names: dict[KernelSpec, str]) -> str:
     kinds = [k for k in EMITTERS if any(s.kind == k for s in names)]
+    headers = [f"{kind}_kernels.h" for kind in kinds]
     return fill(
         STEP_FILE,
         vector_bytes=target.vector_bytes,
         isa=target.isa,
         max_rows=max(plan.capacity.tokens, plan.capacity.rows, 1),
-        includes="\n".join(f'#include "{kind}_kernels.h"' for kind in kinds),
+        includes="\n".join(
+            f'#include "{h}"' for h in (*(["codebooks.h"] if codebook.used(plan) else []), *headers)
+        ),
         shared=_largest(names, "SHARED"),
         local=_largest(names, "LOCAL"),
         cases=_cases(plan, names),

@@ -13,7 +13,8 @@ HEADER = "matmul.h"
 def symbol(spec: Experts) -> str:
     up, down = format_name(spec.gate_up_format), format_name(spec.down_format)
     formats = up if up == down else f"{up}_{down}"
-    return f"experts_e{spec.experts}_top{spec.top_k}_h{spec.hidden}_i{spec.inter}_{formats}"
+    biased = "_biased" if spec.biased else ""
+    return f"experts_e{spec.experts}_top{spec.top_k}_h{spec.hidden}_i{spec.inter}_{formats}{biased}"
 
 
 def emit(spec: Experts, name: str) -> str:
@@ -36,6 +37,7 @@ def emit(spec: Experts, name: str) -> str:
             *("Rows<float> x", "Rows<int32_t> ids", "Rows<float> weights"),
             *weight_params(spec.gate_up_format, "up_"),
             *weight_params(spec.down_format, "down_"),
+            *(["const void *up_bias", "const void *down_bias"] if spec.biased else []),
             *(["Rows<float> residual"] if spec.residual else []),
             "Rows<float> out",
         ),
@@ -46,12 +48,23 @@ def emit(spec: Experts, name: str) -> str:
             f"product(w, PARTS * panel + {p}, xs, tokens, y{p} + half * PANEL, STEP);"
             for p in range(parts)
         ),
-        loads="\n".join(f"const vf acc{p} = load(y{p} + t * STEP + i);" for p in range(parts)),
+        loads="\n".join(
+            f"const vf acc{p} = load(y{p} + t * STEP + i)"
+            + (UP_BIAS.replace("$part", str(p)) if spec.biased else "")
+            + ";"
+            for p in range(parts)
+        ),
+        answer=DOWN_BIAS if spec.biased else "load(y0 + t * PANEL + i)",
         value=vector_code(spec.activation),
         start=start,
     )
 
 
+UP_BIAS = (
+    " + load_n((const float *)up_bias + (e * PARTS + $part) * INTER + step * STEP + i, count - i)"
+)
+DOWN_BIAS = """(load(y0 + t * PANEL + i) +
+                                load_n((const float *)down_bias + e * HIDDEN + panel * PANEL + i, count - i))"""
 TEMPLATE = """
 // out[t] = ${residual_term}sum_j weights[t, j] down_e(act(gate_up_e(x[t]))),  e = ids[t, j]
 // act = $activation
@@ -153,7 +166,7 @@ $signature
             const int token = pairs[s0 + t] / TOP_K, choice = pairs[s0 + t] % TOP_K;
             float *sum = out[token] + panel * PANEL;
             for (int i = 0; i < count; i += LANES) {
-              const vf y = weights[token][choice] * load(y0 + t * PANEL + i);
+              const vf y = weights[token][choice] * $answer;
               store_n(sum + i, load_n(sum + i, count - i) + y, count - i);
             }
           }

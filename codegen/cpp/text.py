@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...ir import quant
-from ..text import call
+from ..text import call, format_name
 
 
 def signature(*params: str) -> str:
@@ -14,11 +14,18 @@ def signature(*params: str) -> str:
 def weight_type(fmt: str) -> str:
     """The decoder of a weight format in weights.h."""
     spec = quant.parse(fmt)
+    if isinstance(spec, quant.Codebook):
+        return codebook_type(fmt)
     return (
         f"Int4<{spec.group}>"
         if spec.group
         else {"fp32": "Fp32", "bf16": "Bf16", "int8": "Int8", "fp8": "Fp8"}[fmt]
     )
+
+
+def codebook_type(fmt: str) -> str:
+    """The decoder of a codebook in codebooks.h."""
+    return f"Book_{format_name(fmt)}"
 
 
 def weight_params(fmt: str, prefix: str = "") -> list[str]:

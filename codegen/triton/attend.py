@@ -55,7 +55,8 @@ def padded(width: int) -> int:
 def symbol(spec: Attend) -> str:
     window = f"_window{spec.window}" if spec.window else ""
     dims = f"h{spec.heads}_kv{spec.heads_kv}_d{spec.head_dim}_v{spec.value_dim}"
-    return f"attend_{dims}_{spec.cache_format}{window}"
+    alibi = "_alibi" if spec.slopes else ""
+    return f"attend_{dims}_{spec.cache_format}{window}{alibi}"
 
 
 def emit(spec: Attend, name: str) -> str:
@@ -73,6 +74,11 @@ def emit(spec: Attend, name: str) -> str:
         sees=f"p - {spec.window} < j <= p" if spec.window else "j <= p",
         pointers=", ".join(cache_pointers(cache)),
         sinks="sinks_ptr, " if spec.sinks else "",
+        slopes="slopes_ptr, " if spec.slopes else "",
+        slope="slope, " if spec.slopes else "",
+        load_slopes=fill(LOAD_SLOPES, log2_e=LOG2_E) if spec.slopes else "",
+        add_slopes=ADD_SLOPES if spec.slopes else "",
+        bias=" + slopes[h] (j - p)" if spec.slopes else "",
         math="tl.float32" if spec.cache_format == "fp32" else "tl.bfloat16",
         pitch=pitch(cache, spec.cache_format),
         scales="scales_ptr, " if scaled else "",
@@ -171,9 +177,10 @@ def launches(site: Site) -> Group:
         "UNMASKED": tile.rows >= 64 and not spec.window,
     }
     sinks = ["sinks"] if spec.sinks else []
+    slopes = ["slopes"] if spec.slopes else []
     partial, lse = ("scratch.partial", "*fp32"), ("scratch.lse", "*fp32")
     args: list[Arg] = [
-        "q", *sinks, *cache_args(spec.cache, site.target), "out", partial, lse,
+        "q", *sinks, *slopes, *cache_args(spec.cache, site.target), "out", partial, lse,
         "positions", "starts", "block_table", "count.sequences",
     ]  # fmt: skip
     attend = site.launch(
@@ -204,6 +211,12 @@ score *= tl.load(scales, inside, 0.0)[None, :]
 SCALED_WEIGHT = """
 weight *= tl.load(scales + $heads_kv, inside, 0.0)[None, :]
 """
+LOAD_SLOPES = """
+slope = tl.load(slopes_ptr + head, real, 0.0) * $log2_e
+"""
+ADD_SLOPES = """
+score += slope[:, None] * (keys[None, :] - positions[:, None]).to(tl.float32)
+"""
 ADD_SINKS = """
 total += tl.exp2(tl.load(sinks_ptr + head, real, 0.0) * $log2_e - peak)
 """
@@ -214,14 +227,14 @@ peak = tl.maximum(peak, sink)
 TEMPLATE = '''
 @triton.jit
 def $symbol(
-    q_ptr, $sinks$pointers, out_ptr, partial_ptr, lse_ptr,
+    q_ptr, $sinks$slopes$pointers, out_ptr, partial_ptr, lse_ptr,
     positions_ptr, starts_ptr, table_ptr, sequences_ptr,
     Q_PITCH: tl.constexpr, OUT_PITCH: tl.constexpr, TABLE_PITCH: tl.constexpr, SEQUENCES: tl.constexpr,
     ROWS: tl.constexpr, QUERIES: tl.constexpr, GROUP_TILE: tl.constexpr, BLOCK: tl.constexpr,
     DIM_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     SPLITS: tl.constexpr, LEAST: tl.constexpr, UNMASKED: tl.constexpr,
 ):
-    """out[t, h] = softmax_j(q[t, h] . key[j, h / GROUP] * $scale) value[j, h / GROUP]
+    """out[t, h] = softmax_j(q[t, h] . key[j, h / GROUP] * $scale$bias) value[j, h / GROUP]
     over keys $sees for a query at position p; q [tokens, $heads, $dim], out [tokens, $heads, $value],
     cache row: keys [$heads_kv, $dim], values [$heads_kv, $value].
 
@@ -260,18 +273,19 @@ def $symbol(
     key_ptr = cache_ptr + kv * DIM
     value_ptr = cache_ptr + $heads_kv * DIM + kv * VALUE
     $move_scales
+    $load_slopes
     table_ptr += sequence * TABLE_PITCH
     positions = position + query
     if UNMASKED:
         # Blocks that all queries see whole come first.
         whole = tl.minimum((position + 1) // BLOCK, end)
         peak, total, acc = ${symbol}_blocks(
-            q, peak, total, acc, key_ptr, value_ptr, ${scales}table_ptr, positions, last,
+            q, ${slope}peak, total, acc, key_ptr, value_ptr, ${scales}table_ptr, positions, last,
             begin, whole, BLOCK, DIM_BLOCK, VALUE_BLOCK, False,
         )
         begin = tl.maximum(begin, whole)
     peak, total, acc = ${symbol}_blocks(
-        q, peak, total, acc, key_ptr, value_ptr, ${scales}table_ptr, positions, last,
+        q, ${slope}peak, total, acc, key_ptr, value_ptr, ${scales}table_ptr, positions, last,
         begin, end, BLOCK, DIM_BLOCK, VALUE_BLOCK, True,
     )
 
@@ -288,7 +302,7 @@ def $symbol(
 
 @triton.jit
 def ${symbol}_blocks(
-    q, peak, total, acc, key_ptr, value_ptr, ${scales}table_ptr, positions, last, begin, end,
+    q, ${slope}peak, total, acc, key_ptr, value_ptr, ${scales}table_ptr, positions, last, begin, end,
     BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):
     """Blocks [begin, end) of keys joined to the softmax of a tile."""
@@ -307,6 +321,7 @@ def ${symbol}_blocks(
         score = tl.dot(q, tl.trans(widened(key, MATH)), input_precision="ieee")
         $scaled_score
         score = $score
+        $add_slopes
         if MASKED:
             score = visible(score, keys, positions, $window)
         peak, total, weight, shrink = softmax_step(score, peak, total, MASKED)

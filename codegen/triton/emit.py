@@ -7,7 +7,7 @@ binaries, with what bound, and which of them every step launches; ``codegen/ABI.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from itertools import accumulate
@@ -20,6 +20,7 @@ from ..text import fill, symbols
 from . import (
     attend,
     cache_write,
+    custom,
     embed,
     experts,
     latent_attend,
@@ -46,6 +47,7 @@ EMITTERS: dict[str, ModuleType] = {
     "latent_attend": latent_attend,
     "route": route,
     "experts": experts,
+    "custom": custom,
 }
 # Files of device functions that are copied as they are, and which kinds of kernels call them.
 SUPPORT = {
@@ -121,6 +123,7 @@ class Schedule:
     names: Mapping[KernelSpec, str]
     binaries: dict[Kernel, str] = field(default_factory=dict)
     groups: dict[str, int] = field(default_factory=dict)
+    known: dict[Hashable, int] = field(default_factory=dict)  # groups, by what decides on them
     scratch_bytes: int = 0
     zero_bytes: int = 0
 
@@ -152,11 +155,14 @@ class Schedule:
         if isinstance(step.spec, Extern):
             return -1
         views = {param: _view(self.plan, operand) for param, operand in step.bind.items()}
-        site = Site(
-            step.spec, self.names[step.spec], self.target, bucket, step.rows, views,
-            self.plan.positions, self._table_pitch,
-        )  # fmt: skip
-        return self._group(EMITTERS[step.spec.kind].launches(site))
+        key = step.spec, bucket, step.rows, tuple(views.items())
+        if key not in self.known:
+            site = Site(
+                step.spec, self.names[step.spec], self.target, bucket, step.rows, views,
+                self.plan.positions, self._table_pitch,
+            )  # fmt: skip
+            self.known[key] = self._group(EMITTERS[step.spec.kind].launches(site))
+        return self.known[key]
 
     def _sample(self, bucket: Bucket) -> int:
         """Index of the group that chooses tokens from the logits; -1 if the plan has none."""

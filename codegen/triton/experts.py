@@ -36,7 +36,8 @@ Source: TypeAlias = str | tuple[str, str]
 def symbol(spec: Experts) -> str:
     up, down = format_name(spec.gate_up_format), format_name(spec.down_format)
     formats = up if up == down else f"{up}_{down}"
-    return f"experts_e{spec.experts}_top{spec.top_k}_h{spec.hidden}_i{spec.inter}_{formats}"
+    biased = "_biased" if spec.biased else ""
+    return f"experts_e{spec.experts}_top{spec.top_k}_h{spec.hidden}_i{spec.inter}_{formats}{biased}"
 
 
 def emit(spec: Experts, name: str) -> str:
@@ -61,12 +62,17 @@ def emit(spec: Experts, name: str) -> str:
         product="product_pair" if spec.gated else "product",
         up_offset=up.offset,
         up_format=up.arguments,
-        up_pointers=", ".join(up.pointers),
-        up_pair=", ".join((up.pointers * 2)[:2]),
+        up_pointers=", ".join((*up.pointers, *["gate_up_bias_ptr"] * spec.biased)),
+        up_pair=", ".join((*(up.pointers * 2)[:2], *["gate_up_bias_ptr"] * spec.biased)),
         down_offset=down.offset,
         down_format=down.arguments,
-        down_pointers=", ".join(down.pointers),
-        down_pair=", ".join((down.pointers * 2)[:2]),
+        down_pointers=", ".join((*down.pointers, *["down_bias_ptr"] * spec.biased)),
+        down_pair=", ".join((*(down.pointers * 2)[:2], *["down_bias_ptr"] * spec.biased)),
+        bias_pointer="bias_ptr, " * spec.biased,
+        up_bias="\n".join(fill(UP_BIAS, part=p, parts=up.parts) for p in range(up.parts))
+        if spec.biased
+        else "",
+        down_bias=DOWN_BIAS if spec.biased else "",
         residual_pointer="residual_ptr, " * spec.residual,
         residual_pitch="RESIDUAL_PITCH, " * spec.residual,
         residual_constant="RESIDUAL_PITCH: tl.constexpr, " * spec.residual,
@@ -219,10 +225,11 @@ def _many(site: Site, spec: Experts) -> Group:
 
 def _weights(site: Site, matrix: Matrix) -> list[Source]:
     """Where the architecture does not know E4M3, its bits."""
+    biased = isinstance(site.spec, Experts) and site.spec.biased
     return [
         (param, "*u8") if site.views[param].dtype == "e4m3" and not site.target.fp8 else param
         for param in matrix.params
-    ]
+    ] + [f"{matrix.name}_bias"] * biased
 
 
 def _summed(spec: Experts) -> list[str]:
@@ -304,6 +311,12 @@ def _sorted(site: Site, matrix: Matrix, name: str, rows: int, x_bytes: int) -> G
     return replace(tile, block_n=tile.block_n // 2)
 
 
+UP_BIAS = """
+acc$part += tl.load(bias_ptr + (expert * $parts + $part) * INTER + cols, cols < INTER, 0.0)[None, :]
+"""
+DOWN_BIAS = """
+acc0 += tl.load(bias_ptr + expert * HIDDEN + cols, cols < HIDDEN, 0.0)[None, :]
+"""
 TEMPLATE = '''
 # out[t] = ${residual_term}sum_j weights[t, j] y[t, j],  y[t, j] = down_e(inner[t, j]),  e = ids[t, j]
 # inner[t, j] = $activation,  $accs = gate_up_e(x[t])
@@ -475,7 +488,7 @@ def ${symbol}_tile(order_ptr, tiles_ptr, tile, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def ${symbol}_up(
-    x_ptr, w_ptr, scale_ptr, inner_ptr, expert, pairs, inside,
+    x_ptr, w_ptr, scale_ptr, ${bias_pointer}inner_ptr, expert, pairs, inside,
     X_PITCH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """inner[pairs] of one expert, a block of columns."""
@@ -489,6 +502,7 @@ def ${symbol}_up(
         x_ptr, (pairs // TOP_K).to(tl.int64), inside, w_ptr, scale_ptr, cols, 0, HIDDEN,
         X_PITCH, INTER, HIDDEN, $up_format, BLOCK_K,
     )
+    $up_bias
     value = $value
     at = inner_ptr + pairs.to(tl.int64)[:, None] * INNER_PITCH + cols[None, :]
     tl.store(at, to(value, inner_ptr), inside[:, None] & (cols < INTER)[None, :])
@@ -496,7 +510,7 @@ def ${symbol}_up(
 
 @triton.jit
 def ${symbol}_down(
-    inner_ptr, w_ptr, scale_ptr, y_ptr, expert, pairs, inside,
+    inner_ptr, w_ptr, scale_ptr, ${bias_pointer}y_ptr, expert, pairs, inside,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """y[pairs] of one expert, a block of columns."""
@@ -511,6 +525,7 @@ def ${symbol}_down(
         inner_ptr, pairs, inside, w_ptr, scale_ptr, cols, 0, INTER,
         INNER_PITCH, HIDDEN, INTER, $down_format, BLOCK_K,
     )
+    $down_bias
     at = y_ptr + pairs[:, None] * Y_PITCH + cols[None, :]
     tl.store(at, to(acc0, y_ptr), inside[:, None] & (cols < HIDDEN)[None, :])
 

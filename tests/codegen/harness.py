@@ -25,6 +25,7 @@ from tokenmill.ir.plan import (
     Buffer,
     CacheWrite,
     Capacity,
+    Custom,
     Device,
     Embed,
     Experts,
@@ -85,8 +86,11 @@ def weights_of(spec: KernelSpec, rng: torch.Generator, device: Device = "cpu") -
         case Pointwise():
             kinds = enumerate(spec.inputs)
             return {f"x{i}": randn(spec.width) for i, kind in kinds if kind == "channel"}
+        case Custom():
+            return {o.name: randn(*o.shape) for o in spec.operands if o.weight}
         case Attend():
-            return {"sinks": 3 * randn(spec.heads)} if spec.sinks else {}
+            flags = {"sinks": (spec.sinks, 3.0), "slopes": (spec.slopes, 0.1)}
+            return {name: size * randn(spec.heads) for name, (on, size) in flags.items() if on}
         case LatentAttend():
             up, fmt = (spec.heads, spec.nope, spec.latent), quant.parse(spec.up_format)
             w_uk = quant.quantize(randn(*up) * spec.latent**-0.5, fmt)
@@ -102,8 +106,11 @@ def weights_of(spec: KernelSpec, rng: torch.Generator, device: Device = "cpu") -
             parts = 2 if spec.gated else 1
             up = (spec.experts, parts * spec.inter, spec.hidden)
             down = (spec.experts, spec.hidden, spec.inter)
-            return matrix(spec.gate_up_format, *up, prefix="gate_up_", parts=parts) | matrix(
-                spec.down_format, *down, prefix="down_"
+            biases = {"gate_up_bias": randn(*up[:2]), "down_bias": randn(*down[:2])}
+            return (
+                matrix(spec.gate_up_format, *up, prefix="gate_up_", parts=parts)
+                | matrix(spec.down_format, *down, prefix="down_")
+                | (biases if spec.biased else {})
             )
     return {}
 

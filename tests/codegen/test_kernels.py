@@ -44,6 +44,8 @@ EXPERTS = (
     Experts(4, 3, 48, 64, "int8", "bf16", residual=True),
     Experts(3, 1, 130, 33, "fp32", "fp8", "square(relu(acc0))", gated=False),
     Experts(5, 4, 64, 130, "fp8", "int8", "min(acc0, 7.0) * sigmoid(1.702 * acc0) * (acc1 + 1.0)"),
+    Experts(4, 2, 70, 45, "fp32", "fp32", residual=True, biased=True),
+    Experts(6, 2, 40, 33, "int4-g32", "int8", "gelu(acc0)", gated=False, biased=True),
 )
 ATTENDS = (
     *(Attend(6, 2, 24, 20, 0.2, fmt) for fmt in ("fp32", "bf16", "int8")),
@@ -52,6 +54,8 @@ ATTENDS = (
     Attend(8, 2, 64, 32, 0.125, "bf16", window=600, sinks=True),
     Attend(6, 2, 24, 20, 0.2, "fp8"),
     Attend(5, 1, 40, 33, 0.15, "fp8", window=70, sinks=True),
+    Attend(6, 2, 24, 20, 0.2, "fp32", slopes=True),
+    Attend(4, 1, 40, 33, 0.15, "int8", window=70, sinks=True, slopes=True),
 )
 # Absorbed and expanded: up to 8 queries and more; always expanded; always absorbed.  Widths that are whole
 # steps are read where the cache has them, others are decoded.

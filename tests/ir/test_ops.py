@@ -18,7 +18,10 @@ def rand(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=RNG)
 
 
-@pytest.mark.parametrize("name", ops.OPS)
+OURS = {name for name, op in ops.OPS.items() if not op.custom}
+
+
+@pytest.mark.parametrize("name", sorted(OURS))
 def test_every_op_has_its_meaning_beside_it(name: str) -> None:
     op = ops.OPS[name]
     assert op.reference.__doc__
@@ -56,7 +59,7 @@ def test_shape_rules_agree_with_the_references() -> None:
         "route": (rand(1, 5, 3), None, spec),
         "experts": (x, ids, rand(1, 5, 2), *experts),
     }
-    assert set(examples) | {"cached_attention", "cached_latent_attention"} == set(ops.OPS)
+    assert set(examples) | {"cached_attention", "cached_latent_attention"} == OURS
     for name, args in examples.items():
         torch.library.opcheck(
             ops.OPS[name].overload, args, test_utils=("test_schema", "test_faketensor")

@@ -293,3 +293,20 @@ def test_the_runtime_needs_nothing_of_the_compiler(model_dir):
     assert at_import == []
     assert in_use == ["tokenizers"]
     assert {name.split(".")[1] for name in ours} == {"errors", "runtime"}
+
+
+def test_an_artifact_that_is_compiled_anew_runs_its_own_kernels(fake, tmp_path):
+    """The system's loader knows libraries by their path, and would yield the first one again."""
+    path = fake.write(tmp_path / "model")
+    with Session(path, threads=1) as old:
+        before = old.logits([1, 2])
+        other = tmp_path / "other.so"
+        source = path / "kernels/cpu-fake/step.cpp"
+        changed = tmp_path / "step.cpp"
+        changed.write_text(source.read_text().replace("* 17 +", "* 19 +"))
+        command = ["g++", "-shared", "-fPIC", "-o", str(other), str(changed)]
+        subprocess.run(command, check=True)
+        type(fake)(other).write(path, force=True)
+        with Session(path, threads=1) as new:
+            assert not np.array_equal(new.logits([1, 2]), before)
+        assert np.array_equal(old.logits([1, 2]), before)
