@@ -15,13 +15,11 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import functools
 import json
 import statistics
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import tokenmill
@@ -87,15 +85,6 @@ def _write(file: Path | None, result: dict[str, Any]) -> None:
 def quality(model: Path, save: str, minutes: float, text: str) -> dict[str, Any]:
     """The loss of one conversion by its artifact, and after every step of it as the compiler measured."""
     print(f"{model.name} {save}", file=sys.stderr, flush=True)
-    eager = original(model)
-
-    @functools.cache
-    def remembered(ids: tuple[int, ...]) -> torch.Tensor:
-        return eager(torch.tensor([ids])).logits
-
-    def against(ids: torch.Tensor) -> Any:
-        return SimpleNamespace(logits=remembered(tuple(ids[0].tolist())))
-
     with tempfile.TemporaryDirectory() as folder:
         output, learned = Path(folder) / "model.tm", Path(folder) / "text"
         learned.write_text("".join(f.text for f in load_corpus().train if not f.is_test))
@@ -105,7 +94,7 @@ def quality(model: Path, save: str, minutes: float, text: str) -> dict[str, Any]
         )  # fmt: skip
         compiled = tokenmill.optimize(model, output, recipe=recipe, progress=_say)
         with tokenmill.load(output) as session:
-            found = evaluate(session, text, against)
+            found = evaluate(session, text, original(model))
     facts = compiled.facts["kv_compress"]
     assert facts is not None
     keys = (

@@ -280,9 +280,7 @@ class _Training:
         """One step of the optimizer; False, and no step, if the loss or its gradient is not finite."""
         heal = self.heal
         for group in self.optimizer.param_groups:
-            group["lr"] = heal.learning_rate * min(
-                done / WARM_UP + 0.01, (1 - done) / (1 - WARM_UP)
-            )
+            group["lr"] = heal.learning_rate * group["scale"] * _rate(done)
         batch = list(self._batch())
         tokens = sum(len(self.text[i]) for i in batch)
         loss = sum(self._backward(part, tokens) for part in self._parts(self.text, batch))

@@ -215,10 +215,8 @@ class LatentKV(Pass):
             self.progress("choose rotary dimensions", len(found), len(widths) * len(FOLDS))
         enough = ALIKE * min(divergence for divergence, _ in found)
         # Rotary values cost queries as well, of every head.
-        best = min((pair for pair in found if pair[0] <= enough), key=lambda pair: pair[1].rotary)[
-            1
-        ]
-        best = trials.balanced(best)
+        good = [one for divergence, one in found if divergence <= enough]
+        best = trials.balanced(min(good, key=lambda one: one.rotary))
         return best if options.rank else trials.spread(best)
 
     def _steps(self, trials: _Trials, choice: Choice) -> list[tuple[str, bool, Loss]]:
@@ -277,6 +275,7 @@ class _Trials:
     layers: Sequence[Layer]
     held: Sequence[Tensor]
     _channels: dict[int, list[Channels]] = field(default_factory=dict)
+    _factors: dict[int, tuple[Any, Factors]] = field(default_factory=dict)  # the last of each layer
 
     @cached_property
     def answers(self) -> list[Tensor]:
@@ -310,11 +309,15 @@ class _Trials:
         return (fold * choice.fold + (choice.fold - 1) // 2).clamp(max=pairs - 1)
 
     def factors(self, choice: Choice, at: int, balance: float | None = None) -> Factors:
-        layer = self.layers[at]
-        return factorise(
-            layer.heads, layer.inputs, layer.rotation, self.channels(choice.fold)[at], choice.slots,
-            choice.balances[at] if balance is None else balance,
-        )  # fmt: skip
+        layer, balance = self.layers[at], choice.balances[at] if balance is None else balance
+        key = choice.fold, choice.slots.tolist(), balance
+        if at not in self._factors or self._factors[at][0] != key:
+            found = self.channels(choice.fold)[at]
+            made = factorise(
+                layer.heads, layer.inputs, layer.rotation, found, choice.slots, balance
+            )
+            self._factors[at] = key, made
+        return self._factors[at][1]
 
     def convert(self, choice: Choice) -> Conversion:
         """A converted copy, and the names of its new weights."""
