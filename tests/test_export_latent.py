@@ -18,7 +18,7 @@ from tokenmill.capture.checkpoint import open_checkpoint
 from tokenmill.capture.huggingface import capture_pretrained
 from tokenmill.errors import ArtifactTooOld, Unsupported
 from tokenmill.export._hf_latent import LatentPlan
-from tokenmill.export._hf_latent_attention import angles, constant, down
+from tokenmill.export._hf_latent_attention import angles, constant, down, up
 from tokenmill.export.huggingface import plan_of, write
 from tokenmill.export.parameters import describe
 from tokenmill.ir.program import Program
@@ -182,8 +182,9 @@ def test_a_norm_leaves_latents_beside_a_constant(rank: int, power: float, seed: 
     x = torch.randn(5, 8, generator=rng)
     x = x * x.square().mean(-1, keepdim=True).rsqrt() * gain
     both = x @ down(latent, torch.zeros(0, 8), size).T
+    expected = both[:, :-1].clone()
     both[:, -1] += large
-    normed = both * torch.rsqrt(both.square().mean(-1, keepdim=True) + 1e-6)
-    torch.testing.assert_close((normed * weight)[:, :-1], both[:, :-1], rtol=1e-5, atol=0)
-    rounded = [torch.tensor(v).bfloat16().item() for v in (large, weight)]
-    assert rounded[1] / rounded[0] == pytest.approx(weight / large, rel=5e-4)
+    normed = both * torch.rsqrt(both.square().mean(-1, keepdim=True) + 1e-6) * weight
+    same = up(torch.eye(rank)[None], torch.zeros(1, 0, rank), size)
+    torch.testing.assert_close(normed @ same.T, expected, rtol=1e-5, atol=0)
+    assert [torch.tensor(v).bfloat16().item() for v in (large, weight)] == [large, weight]
