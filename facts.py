@@ -126,19 +126,22 @@ class Recorder:
     def converted(
         self, found: Mapping[str, Any], facts: Mapping[str, Any], plan: Plan, recipe: Recipe
     ) -> dict[str, Any]:
-        """What LatentKV ``found``, with what it is worth: bytes per token, contexts, bytes to decode.
+        """What LatentKV ``found``, with what it is worth: bytes per token, contexts, what decoding costs.
 
         Before is a model with the same formats whose attention keeps its keys and values.  It is reckoned,
         not compiled: its weights have as many bytes per parameter as those of the compiled one, by role.
         """
         rates = _bytes_per_parameter(facts["formats"])
         saved, more = 0, 0.0
+        flop_before, flop_after = 0, 0
         for layer in found["layers"]:
             attention, rank, rotary = self._attention[layer["path"]], layer["rank"], layer["rotary"]
             latent = plans.latent_cache("", recipe.kv, rank, rotary)
             saved += attention.row_bytes(recipe.kv) - latent.row_bytes
             parameters = attention.added(self._inputs[layer["path"]], rank, rotary)
             more += sum(rates.get(role, 0.0) * count for role, count in parameters.items())
+            flop_before += 2 * attention.heads * (attention.width + attention.value)
+            flop_after += 2 * attention.heads * (rank + rotary + rank)
         added = round(more)
         row = facts["kv_bytes_per_token"]
         held, arena = facts["bytes"]["weights"], plan.arena_bytes
@@ -148,7 +151,10 @@ class Recorder:
             read = step_bytes(stored, 1, context)
             after = read["weights"] + read["cache"]
             before = after - added + saved * context
-            decode.append({"context": context, "before": before, "after": after})
+            decode.append(
+                {"context": context, "before": before, "after": after,
+                 "flop_before": flop_before * context, "flop_after": flop_after * context}
+            )  # fmt: skip
         return {
             **found,
             "bytes_before": row + saved, "bytes_after": row, "weight_bytes_added": added,

@@ -332,21 +332,29 @@ def _contexts(found: Facts, positions: int) -> list[Element]:
 
 def _decode(found: Facts, positions: int) -> list[Element]:
     rows = [
-        (f"{d['context']:,}", size(d["before"]), size(d["after"]), f"{d['before'] / d['after']:.2f}x")
+        (f"{d['context']:,}", size(d["before"]), size(d["after"]), f"{d['before'] / d['after']:.2f}x",
+         f"{d['flop_before'] / 1e6:,.1f}", f"{d['flop_after'] / 1e6:,.1f}",
+         ratio(d["flop_after"], d["flop_before"]))
         for d in found["decode"]
     ]  # fmt: skip
     added = found["weight_bytes_added"]
     more = f"{size(abs(added))} {'more' if added >= 0 else 'less'}"
     about = (
-        "Bytes that one sequence reads to decode a token: the weights that it visits, and its cache. "
-        "This is a bound and not a measurement: where memory's bandwidth is the limit, decoding is at "
-        f"most so many times faster. Weights are {more} than before, which short contexts notice."
+        "What one sequence costs to decode a token. Bytes: the weights that it visits, and its cache; where "
+        "memory's bandwidth is the limit, as on GPUs, decoding is at most so many times faster. Weights are "
+        f"{more} than before, which short contexts notice. MFLOP: of attention, in the layers that were "
+        "converted; every head works on whole latents, so a CPU, which has less arithmetic for a byte, may "
+        "lose there what it gains in bytes. Both are reckoned; tokenmill bench DIR --prompt N measures."
     )
     if rows and found["decode"][-1]["context"] > positions:
         about += f" More than {positions:,} tokens are past this model's positions."
-    head = ("Tokens in the cache", "Before", "After", "Speed at most")
+    head = (
+        "Tokens in the cache", "Before", "After", "Speed at most",
+        "MFLOP before", "After", "More arithmetic",
+    )  # fmt: skip
     return [
-        el("h3", "Decoding, a bound"), el("p", about), _table(head, rows, numbers={1, 2, 3}),
+        el("h3", "Decoding against context"), el("p", about),
+        _table(head, rows, numbers={1, 2, 3, 4, 5, 6}),
     ]  # fmt: skip
 
 

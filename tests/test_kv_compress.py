@@ -16,7 +16,7 @@ from tokenmill.bench import step_bytes
 from tokenmill.cli import app
 from tokenmill.codegen import Built
 from tokenmill.errors import BadRequest, LossTooHigh
-from tokenmill.ir.plan import dump, latent_cache
+from tokenmill.ir.plan import Attend, LatentAttend, Plan, dump, latent_cache
 from tokenmill.passes.pipeline import relative_error
 from tokenmill.recipe import Budget, KvCompress
 from torch import Tensor
@@ -88,6 +88,18 @@ def unbuilt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tokenmill.api.build", lambda *_: Built({}, []))
 
 
+def _attention_flop(plan: Plan) -> int:
+    """Of one query for each cached token: a product with what it is scored by, one with what is summed."""
+    flop = 0
+    for step in plan.steps:
+        match spec := step.spec:
+            case Attend():
+                flop += 2 * spec.heads * (spec.head_dim + spec.value_dim)
+            case LatentAttend():
+                flop += 2 * spec.heads * (2 * spec.latent + spec.rope)
+    return flop
+
+
 def test_what_it_was_before_is_reckoned_as_a_compile_without_it_is(checkpoint: Path) -> None:
     plain = optimize(checkpoint, recipe=Recipe(weights="int8", kv="int8"), dry_run=True)
     recipe = Recipe(weights="int8", kv="int8", kv_compress="40%")
@@ -101,6 +113,8 @@ def test_what_it_was_before_is_reckoned_as_a_compile_without_it_is(checkpoint: P
         read = sum(step_bytes(dump(before), 1, row["context"]).values())
         assert row["before"] == pytest.approx(read, rel=0.04)
         assert row["after"] == sum(step_bytes(dump(after), 1, row["context"]).values())
+        assert row["flop_before"] == row["context"] * _attention_flop(before)
+        assert row["flop_after"] == row["context"] * _attention_flop(after)
     assert {c["memory_bytes"] for c in found["contexts"]} == {m * 10**9 for m in (16, 24, 48, 80)}
     for row in found["contexts"]:
         fitting = (row["memory_bytes"] - plain.facts["bytes"]["weights"]) // found["bytes_before"]
