@@ -37,6 +37,7 @@ from .ir.plan import Capacity, Device, Plan, dump
 from .ir.plan import load as load_plan
 from .ir.program import Program
 from .passes.calibrate import Calibrate
+from .passes.heal_scales import HealScales
 from .passes.latent_kv import LatentKV
 from .passes.lower import lower
 from .passes.memory import memory
@@ -187,6 +188,7 @@ def optimize(
     facts["emitted"] = {t.name: emitted(plans[t.device], sources[t.name]) for t in targets}
     facts["calibration"] = _fitted(fitted, passes)
     facts["search"] = found and found.facts
+    facts["heal_scales"] = next((p.facts for p in passes if isinstance(p, HealScales)), None)
     facts["kv_compress"] = None
     if converting:
         plan = next(iter(plans.values()))
@@ -336,12 +338,12 @@ def _healing_text(
     recipe: Recipe, checkpoint: Checkpoint | None, ids: Sequence[Tensor] | None
 ) -> Text | None:
     """All of the text, for weights that are trained on it."""
-    if recipe.kv_compress is None:
+    if recipe.kv_compress is None and recipe.heal_scales is None:
         return None
     text = _text(recipe, checkpoint, ids, HEALING_TOKENS)
     if len(text.hold_out()[1]) < 2:
         raise BadRequest(
-            reason=f"{text.source} makes {len(text.sequences)} sequences, too few to measure a conversion on",
+            reason=f"{text.source} makes {len(text.sequences)} sequences, too few to measure healing on",
             advice="pass four sequences or more of the kind of text that the model will see, better "
             "50,000 tokens",
         )

@@ -115,6 +115,14 @@ def optimize(
             "--balance", help="Scale channels by their activations before rounding (AWQ)."
         ),
     ] = False,
+    heal_scales: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MINUTES",
+            min=0.0,
+            help="Train the scales of 4-bit weights for so long, after rounding.",
+        ),
+    ] = None,
     kv_compress: Annotated[
         str | None,
         typer.Option(
@@ -189,6 +197,7 @@ def optimize(
         wanted = _recipe(
             recipe, budget, compress, weights=weights, kv=kv, targets=target, rounding=rounding,
             calibration=calibration, rotate=rotate or None, balance=balance or None,
+            heal_scales=heal_scales,
         )  # fmt: skip
         from . import api
 

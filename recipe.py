@@ -278,6 +278,21 @@ class KvCompress(BaseModel):
         return None if self.max_loss is None else Budget(max_loss=self.max_loss)
 
 
+class Healing(BaseModel):
+    """A training for so many ``minutes``, or for ``steps``, which gives the same result every time."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    minutes: float = Field(default=10.0, gt=0)
+    steps: int | None = Field(default=None, ge=1, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, data: Any) -> Any:
+        """A number stands for minutes."""
+        return {"minutes": data} if isinstance(data, int | float) else data
+
+
 class Recipe(BaseModel):
     """Everything a user may ask of :func:`tokenmill.optimize`; YAML files have the same fields.
 
@@ -286,7 +301,8 @@ class Recipe(BaseModel):
     ``calibration`` names a text or ``budget`` a limit).  The last two measure inputs on
     ``calibration_tokens`` of that text, or of the one that comes with tokenmill.  ``rotate`` and ``balance``
     change the weights before, exactly, so that less is lost: by an orthogonal map of the residual stream, by
-    factors that inputs and weights share.
+    factors that inputs and weights share.  ``heal_scales`` trains the scales of weights in fewer than 8 bits
+    afterwards, all together, towards the original's answers on the calibration text.
 
     ``kv_compress`` turns attention with keys and values per head into latent attention.
 
@@ -308,6 +324,7 @@ class Recipe(BaseModel):
     calibration_tokens: int = Field(default=32768, ge=1, strict=True)
     rotate: bool = False
     balance: bool = False
+    heal_scales: Healing | None = None
     budget: Budget | None = None
     targets: Annotated[Sequence[Annotated[str, Field(min_length=1)]], Field(min_length=1)] = (
         "cpu",
@@ -323,6 +340,15 @@ class Recipe(BaseModel):
         found = self.conversion
         if found is not None and found.save == "auto" and found.max_loss is None:
             raise ValueError("kv_compress: auto needs a max_loss to stay within")
+        return self
+
+    @model_validator(mode="after")
+    def _a_verdict_is_about_what_was_measured(self) -> Recipe:
+        if self.heal_scales is not None and self.budget is not None:
+            raise ValueError(
+                "heal_scales changes weights after a budget's search has measured them: "
+                "search first, then heal with the rules that were found"
+            )
         return self
 
     @model_validator(mode="wrap")

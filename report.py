@@ -40,6 +40,7 @@ def render(facts: Facts, sources: Mapping[str, str]) -> str:
             *_compressed(facts),
             *_search(facts.get("search")),
             *_calibration(facts.get("calibration")),
+            *_healed_scales(facts.get("heal_scales")),
             *_passes(facts["passes"]),
             *_drawings(facts["layer"]),
             *_formats(facts),
@@ -107,6 +108,14 @@ def _calibration(text: Facts | None) -> list[Element]:
                 f"{text['source']}."),
         *(el("p", note, class_="bad") for note in text["notes"]),
     ]  # fmt: skip
+
+
+def _healed_scales(healing: Facts | None) -> list[Element]:
+    """What training of the scales got back, after rounding."""
+    if not healing:
+        return []
+    best = min(kl for _, _, _, _, kl, _ in healing["curve"])
+    return _healing("Scales of weights in fewer than 8 bits", healing, best)
 
 
 def _search(found: Facts | None) -> list[Element]:
@@ -237,7 +246,11 @@ def _compressed(facts: Facts) -> list[Element]:
         el("h2", "KV compression"),
         el("p", about),
         *_conversion(found.get("steps", ())),
-        *_healing(found),
+        *(
+            _healing("The new weights", found["healing"], found["steps"][-1]["kl"])
+            if found.get("healing")
+            else ()
+        ),
         *_contexts(found, facts["model"]["positions"]),
         *_decode(found, facts["model"]["positions"]),
         el("h3", "Ranks"),
@@ -284,12 +297,8 @@ def _with_error(nats: float, error: float) -> str:
     return f"{_thousandths(nats):.3g}{spread}"
 
 
-def _healing(found: Facts) -> list[Element]:
-    """How training got back what the steps lost."""
-    healing = found.get("healing")
-    if not healing:
-        return []
-    taken = found["steps"][-1]["kl"]
+def _healing(what: str, healing: Facts, taken: float) -> list[Element]:
+    """How training got back what was lost; the weights that were taken have the divergence ``taken``."""
     points = [
         Point(at, _thousandths(kl), 0.0 if math.isinf(error) else _thousandths(error),
               "chosen" if kl == taken else "within",
@@ -297,7 +306,7 @@ def _healing(found: Facts) -> list[Element]:
         for at, _, rise, off, kl, error in healing["curve"]
     ]  # fmt: skip
     about = (
-        f"The new weights learned from the original for {_spent(healing['used'], healing)}, on "
+        f"{what} learned from the original for {_spent(healing['used'], healing)}, on "
         f"{healing['tokens']:,} tokens."
     )
     if ending := healing["ending"]:

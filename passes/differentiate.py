@@ -21,10 +21,11 @@ _BLOCK = 128  # queries that attend together: scores that stay in the cache, and
 
 
 class Differentiable(Runner):
-    """Runs a program before cache insertion on whole sequences; ``weights`` by name may require gradients.
+    """Runs a program on whole sequences, without a cache; ``weights`` by name may require gradients.
 
     Tokens of all sequences go through the graph side by side and meet in attention only, so tokens must be
-    proven independent.  It runs where ``weights`` lie.
+    proven independent.  Where a cache is inserted, a sequence attends to itself all the same, in the
+    precision in which it is computed.  It runs where ``weights`` lie.
     """
 
     def __init__(self, program: Program, weights: Mapping[str, Tensor]) -> None:
@@ -35,6 +36,8 @@ class Differentiable(Runner):
             mill.rms_norm.default: _rms_norm,
             mill.attention.default: self._attention,
             mill.latent_attention.default: self._latent_attention,
+            mill.cached_attention.default: self._cached_attention,
+            mill.cached_latent_attention.default: self._cached_latent_attention,
         }
 
     def logits(self, sequences: Sequence[Tensor]) -> Tensor:
@@ -44,7 +47,9 @@ class Differentiable(Runner):
         positions = torch.cat([torch.arange(n, device=ids.device) for n in self._lengths])
         rows = torch.arange(len(ids), device=ids.device)
         inputs = {"ids": ids[None], "positions": positions[None], "rows": rows}
-        out = self.run(*(inputs[name] for name in self._inputs))
+        out = self.run(
+            *map(inputs.get, self._inputs)
+        )  # None for caches and what finds a place in them
         logits = out[0] if isinstance(out, tuple) else out
         return logits.reshape(-1, logits.shape[-1]).float()
 
@@ -56,13 +61,13 @@ class Differentiable(Runner):
 
     def _attention(
         self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, window: int,
-        softcap: float,
+        softcap: float, slopes: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         queries, keys, values = (
             t.reshape(-1, *t.shape[-2:]).split(self._lengths) for t in (q, k, v)
         )
         each = [
-            causal(*one, sinks, scale, window, softcap)
+            causal(*one, sinks, scale, window, softcap, slopes)
             for one in zip(queries, keys, values, strict=True)
         ]
         return torch.cat(each).reshape(*q.shape[:-1], v.shape[-1])
@@ -80,10 +85,24 @@ class Differentiable(Runner):
             q, torch.cat((keys, shared.to(keys.dtype)), -1), values, None, scale, 0, 0.0
         )  # fmt: skip
 
+    def _cached_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *rest: Any
+    ) -> Tensor:
+        _, _, _, _, scale, window, softcap, _, *slopes = rest
+        return self._attention(q, k, v, sinks, scale, window, softcap, *slopes)
+
+    def _cached_latent_attention(
+        self, q: Tensor, latent: Tensor, k_rope: Tensor, w_uk: list[Tensor], w_uv: list[Tensor],
+        *rest: Any,
+    ) -> Tensor:  # fmt: skip
+        _, _, _, _, format, scale, _ = rest
+        return self._latent_attention(q, latent, k_rope, w_uk, w_uv, format, scale)
+
 
 def causal(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, window: int, softcap: float
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, window: int, softcap: float,
+    slopes: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """:func:`..ir.ops.attention` of one sequence ``[T, H | Hkv, D | Dv]``, block by block of queries."""
     group = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(group, 1) if group > 1 else t for t in (k, v))
@@ -91,19 +110,27 @@ def causal(
     if torch.is_autocast_enabled(q.device.type):  # here once, and not again in every block
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
     return torch.cat(
-        [_block(q, k, v, at, sinks, window, softcap) for at in range(0, q.shape[1], _BLOCK)], 1
+        [
+            _block(q, k, v, at, sinks, window, softcap, slopes)
+            for at in range(0, q.shape[1], _BLOCK)
+        ],
+        1,
     ).transpose(0, 1)
 
 
 def _block(
-    q: Tensor, k: Tensor, v: Tensor, lo: int, sinks: Tensor | None, window: int, softcap: float
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, lo: int, sinks: Tensor | None, window: int, softcap: float,
+    slopes: Tensor | None,
+) -> Tensor:  # fmt: skip
     """Queries ``lo..`` of ``q [H, T, D]`` over the keys ``k [H, D, T]`` that any of them sees."""
     hi = min(lo + _BLOCK, q.shape[1])
     first = max(0, lo - window + 1) if window else 0
     scores = q[:, lo:hi] @ k[..., first:hi]
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
+    if slopes is not None:
+        key, query = (torch.arange(a, b, device=q.device) for a, b in ((first, hi), (lo, hi)))
+        scores = scores + slopes[:, None, None] * (key - query[:, None])
     seen = torch.ones(hi - lo, hi - first, dtype=torch.bool, device=q.device).tril(lo - first)
     if window:
         seen = seen.triu(lo - first - window + 1)

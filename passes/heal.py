@@ -52,11 +52,13 @@ class Heal(Pass):
 
     ``learning_rate`` is that of matrices with 256 inputs or fewer; wider ones have a smaller one.  It falls
     to zero over ``minutes``, however fast the machine is, or over ``steps``, which gives the same weights
-    every time.  What is reached goes to ``workspace``, if there is one, every two minutes: a run that was
+    every time.  With ``relative`` it is in units of the mean magnitude of each weight instead, for scales.
+    What is reached goes to ``workspace``, if there is one, under ``place``, every two minutes: a run that was
     killed goes on there, with the minutes that are left.  ``progress`` hears seconds, or steps.
 
-    The program must be before cache insertion, its tokens proven independent.  Teacher and program are in
-    memory whole, in fp32, what both have in common once; it runs on a GPU if torch finds one.
+    Tokens must be proven independent, and weights not yet in the arguments of the ops that read them.
+    Teacher and program are in memory whole, in fp32, what both have in common once; it runs on a GPU if torch
+    finds one.
 
     Raises BadRequest for a text without a token to predict or with sequences that are too long, BadToken for
     one that is not of the model's vocabulary, Unsupported if a model computes NaN or Inf on a text.
@@ -70,7 +72,9 @@ class Heal(Pass):
     steps: int | None = None
     max_loss: float | None = None
     learning_rate: float = 1e-3
+    relative: bool = False
     seed: int = 0
+    place: str = "heal"
     workspace: Workspace | None = None
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
     curve: list[tuple[float, Loss]] = field(default_factory=list, init=False)
@@ -83,7 +87,7 @@ class Heal(Pass):
 
     def run(self, program: Program) -> int:
         self._check(program)
-        room = self.workspace and self.workspace.room(self.name, self._key(program))
+        room = self.workspace and self.workspace.room(self.place, self._key(program))
         label, state = (room and room.load_state()) or ("", {})
         if label == HEALED:
             self.recall(state)
@@ -154,8 +158,9 @@ class Heal(Pass):
     # --- before it starts
 
     def _check(self, program: Program) -> None:
-        if program.stage != Stage.DIALECT or self.teacher.stage != Stage.DIALECT:
-            raise ValueError("healing needs programs at the stage DIALECT")
+        for one in (program, self.teacher):
+            if not Stage.DIALECT <= one.stage <= Stage.QUANTIZED:
+                raise ValueError("healing needs programs from the stage DIALECT to QUANTIZED")
         used = program.used_weights()
         if strange := [name for name in self.weights if name not in used]:
             raise ValueError(f"the program does not use {strange[0]!r}")
@@ -194,7 +199,7 @@ class Heal(Pass):
         return {
             "text": digest.hexdigest(), "sequences": len(self.text), "weights": shapes,
             "minutes": self.minutes, "steps": self.steps, "max_loss": self.max_loss,
-            "learning_rate": self.learning_rate, "seed": self.seed,
+            "learning_rate": self.learning_rate, "relative": self.relative, "seed": self.seed,
         }  # fmt: skip
 
 
@@ -222,7 +227,8 @@ class _Training:
         teacher = Differentiable(heal.teacher, _shared(heal.teacher, values, self.device))
         self.lessons = _Answers(teacher, self.text, torch.float16)
         self.expected = _Answers(teacher, self.held, torch.float32)
-        groups = [{"params": [w], "scale": _scale(w)} for w in self.weights.values()]
+        size = _magnitude if heal.relative else _scale
+        groups = [{"params": [w], "scale": size(w)} for w in self.weights.values()]
         self.optimizer = torch.optim.AdamW(groups, heal.learning_rate, BETAS, weight_decay=0.0)
         self.best = self._snapshot()
         self.step = self.cursor = 0  # steps made, and sequences visited in them
@@ -414,6 +420,10 @@ def _shared(program: Program, values: Mapping[str, Tensor], device: torch.device
 def _scale(weight: Tensor) -> float:
     """The learning rate of a weight, as a part of that of a narrow matrix."""
     return min(1.0, INPUTS / weight.shape[-1]) if weight.dim() > 1 else 1.0
+
+
+def _magnitude(weight: Tensor) -> float:
+    return float(weight.detach().abs().mean())
 
 
 def _rate(done: float) -> float:

@@ -29,6 +29,7 @@ from .fuse_pointwise import FusePointwise
 from .fuse_residual import FuseResidual
 from .fuse_residual_norm import FuseResidualNorm
 from .fuse_router import FuseRouter
+from .heal_scales import HealScales
 from .hoist_views import HoistViews
 from .insert_cache import InsertCache
 from .latent_kv import LatentKV
@@ -98,7 +99,7 @@ def pipeline(recipe: Recipe, fit: Fit = Fit(), after: str | None = None) -> list
     ]
     for index, user in enumerate(recipe.passes):
         _insert(passes, user, f"passes[{index}]")
-    optional = {Calibrate.name, Rotate.name, Balance.name, LatentKV.name}
+    optional = {p.name for p in (Calibrate, Rotate, Balance, LatentKV, HealScales)}
     known = {p.name for p in passes} | optional
     if unknown := [name for name in recipe.disable if name not in known]:
         raise BadRecipe(
@@ -152,9 +153,14 @@ def _made(user: UserPass, where: str) -> Pass:
 
 
 def _calibration(recipe: Recipe, fit: Fit) -> list[Pass]:
-    if recipe.rounding == "rtn" or not fit.text:
-        return []
-    return [Calibrate(fit.text, recipe.rounding, fit.workspace, fit.progress)]
+    passes: list[Pass] = []
+    if recipe.rounding != "rtn" and fit.text:
+        passes.append(Calibrate(fit.text, recipe.rounding, fit.workspace, fit.progress))
+    if recipe.heal_scales is not None and fit.healing:
+        passes.append(
+            HealScales(recipe.heal_scales, fit.healing, fit.held, fit.workspace, fit.progress)
+        )
+    return passes
 
 
 def before_quantization(

@@ -214,6 +214,18 @@ def _console(facts: dict[str, Any]) -> str:
     return "\n".join(text for text in facts_view(shown) if isinstance(text, str))
 
 
+def test_healed_scales_are_shown(facts: dict[str, Any]) -> None:
+    healing = {
+        "tokens": 4096, "used": 2, "unit": "steps", "ending": "",
+        "curve": [[0, 500, 0.003, 0.001, 0.0018, 0.0002], [2, 500, 0.002, 0.001, 0.0012, 0.0001]],
+    }  # fmt: skip
+    page = render(facts | {"heal_scales": healing}, {})
+    assert "fewer than 8 bits learned from the original for 2 steps, on 4,096 tokens" in page
+    assert page.count('<g class="chosen">') == 1
+    assert "2 steps: KL 1.2 ± 0.1, perplexity +0.20% ± 0.10%" in page
+    assert "Healing" not in render(facts | {"heal_scales": None}, {})
+
+
 def _conversion_facts() -> dict[str, Any]:
     def step(name: str, rise: float, error: float, kl: float) -> dict[str, Any]:
         return {"step": name, "exact": name == "scale and turn", "tokens": 4088, "rise": rise,

@@ -317,6 +317,6 @@ def test_weights_that_cannot_be_trained() -> None:
     program.graph.output_node().prepend(program.weight("more"))
     with pytest.raises(ValueError, match=f"'more' is computed from '{names[0]}'"):
         _heal(teacher, names).run(program)
-    program.stage = Stage.CACHED
+    program.stage = Stage.FUSED
     with pytest.raises(ValueError, match="DIALECT"):
         _heal(teacher, names).run(program)
