@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 from ...ir import quant
 from ...ir.plan import Linear
@@ -13,7 +14,7 @@ from .launch import Group, Launch, Site, ceil_div, dtype_bytes, power_of_2
 
 E4M3_ROWS = 128  # beyond so many rows, FP8 weights meet activations that are rounded to E4M3
 ROUND_GROUPS = 8  # groups of 128 inputs that one program rounds
-ROUNDED = (("scratch.x", "*fp8e4nv"), ("scratch.x_scale", "*fp32"))
+Source: TypeAlias = str | tuple[str, str]
 
 
 def symbol(spec: Linear) -> str:
@@ -53,7 +54,7 @@ def emit(spec: Linear, name: str) -> str:
         "x": "x_ptr",
         "x_sizes": "X_PITCH: tl.constexpr, BLOCK_K: tl.constexpr, ",
         "product": product,
-        "form": f'X_PITCH, N, K, "{fmt.name.partition("-")[0]}", {fmt.group}, BLOCK_K',
+        "form": f'X_PITCH, N, K, "{fmt.name.partition("-")[0]}", {fmt.group}, BLOCK_N, BLOCK_K',
         "inputs": f"x [rows, {spec.k}]",
     }
     rounded = {
@@ -61,7 +62,7 @@ def emit(spec: Linear, name: str) -> str:
         "x": "x_ptr, x_scale_ptr",
         "x_sizes": "",
         "product": f"{product}_e4m3",
-        "form": "N, K",
+        "form": "N, K, BLOCK_N",
         "inputs": f"x [rows, {spec.k}] as {name}_round leaves it",
     }
     texts = [fill(PRODUCT, **names, **whole)]
@@ -113,20 +114,31 @@ def launches(site: Site) -> Group:
         "done_zero": 4 * count,
     }
     if e4m3:
-        groups = ceil_div(spec.k, quant.FP8_BLOCK)
-        scratch["x"] = site.rows * groups * quant.FP8_BLOCK
-        scratch["x_scale"] = 4 * ceil_div(site.rows, 128) * 128 * groups
-        steps = (_round(site, groups), _product(site, spec, tile, "_e4m3", ROUNDED, {}))
-        return Group(steps, scratch)
+        x, sizes = rounded("x", site.rows, spec.k)
+        steps = (_round(site, x), _product(site, spec, tile, "_e4m3", x, {}))
+        return Group(steps, scratch | sizes)
     constants = site.pitches("x") | {"BLOCK_K": tile.block_k}
     return Group((_product(site, spec, tile, "", ["x"], constants),), scratch)
 
 
-def _round(site: Site, groups: int) -> Launch:
+def rounded(name: str, rows: int, k: int) -> tuple[list[Source], dict[str, int]]:
+    """Where ``round_e4m3`` leaves a matrix [rows, k], and the scratch that it takes."""
+    groups = ceil_div(k, quant.FP8_BLOCK)
+    values, scale = f"scratch.{name}", f"scratch.{name}_scale"
+    sizes = {
+        name: rows * groups * quant.FP8_BLOCK,
+        f"{name}_scale": 4 * ceil_div(rows, 128) * 128 * groups,
+    }
+    return [(values, "*fp8e4nv"), (scale, "*fp32")], sizes
+
+
+def _round(site: Site, x: Sequence[Source]) -> Launch:
+    assert isinstance(site.spec, Linear)
+    groups = ceil_div(site.spec.k, quant.FP8_BLOCK)
     block = min(ROUND_GROUPS, power_of_2(groups))
     grid = (site.rows, ceil_div(groups, block))
     constants = site.pitches("x") | {"BLOCK": block}
-    return site.launch(f"{site.symbol}_round", grid, ["x", *ROUNDED, site.count], constants)
+    return site.launch(f"{site.symbol}_round", grid, ["x", *x, site.count], constants)
 
 
 def _product(
@@ -134,7 +146,7 @@ def _product(
     spec: Linear,
     tile: tiles.Gemm,
     variant: str,
-    x: Sequence[str | tuple[str, str]],
+    x: Sequence[Source],
     constants: Mapping[str, int],
 ) -> Launch:
     channels, rows = _operands(spec)
@@ -154,7 +166,7 @@ def _product(
     return site.launch(site.symbol + variant, grid, args, constants, tile.warps, tile.stages)
 
 
-def _weight(site: Site, spec: Linear) -> list[str | tuple[str, str]]:
+def _weight(site: Site, spec: Linear) -> list[Source]:
     """Where the architecture does not know E4M3, its bits."""
     bits = spec.format == "fp8" and not site.target.fp8
     return [
@@ -189,7 +201,7 @@ def $symbol$variant(
     begin = tl.program_id(1) * SPAN if SPLITS > 1 else 0
     end = tl.minimum(begin + SPAN, K) if SPLITS > 1 else K
     $accs = $product(
-        $x, rows, inside, $matrix, cols, begin, end, $form
+        $x, rows, inside, $matrix, n * BLOCK_N, begin, end, $form
     )
     if SPLITS > 1:
         # Sums of all splits meet in memory; the program that is done last adds them up, in their order.

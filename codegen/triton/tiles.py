@@ -26,6 +26,7 @@ LEAST_INPUTS = 512  # of one split
 JOIN = 400  # joining splits takes about as long as multiplying so many inputs
 # Tiles for many rows, and about what share of its speed a tensor core reaches with them.
 LARGE = {(128, 256): 1.0, (128, 128): 0.9, (64, 128): 0.75, (64, 64): 0.55}
+WIDE = {(64, 256): 0.8}  # where so many columns must stay together
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Problem:
     """x [m, k] times the transpose of ``parts`` matrices [n, k], for ``batch`` such problems in one launch.
 
     ``x_bytes`` is the size of a number of x in memory; ``e4m3`` says that it is rounded to E4M3 before.
+    A tile has whole groups of ``columns`` of each part.
     """
 
     m: int
@@ -68,6 +70,7 @@ class Problem:
     x_bytes: int = 2
     e4m3: bool = False
     splittable: bool = True
+    columns: int = 1
 
     def blocks(self, tile: Gemm) -> int:
         return self.batch * tile.tiles(self.m, self.n) * tile.splits
@@ -97,7 +100,7 @@ def _streamed(problem: Problem, target: GpuTarget) -> Gemm:
     if _mma(target):
         rows = min(rows, 64 // problem.parts)
     warps = 8 if problem.parts * rows > 64 else 4
-    columns = 32 if problem.format.name == "fp32" else 64
+    columns = max(problem.columns, 32 if problem.format.name == "fp32" else 64)
     tile = Gemm(rows, columns, _block_k(problem), warps=warps)
     tile = replace(tile, stages=_stages(tile, problem, target, resident=2))
 
@@ -117,12 +120,13 @@ def _reused(problem: Problem, target: GpuTarget) -> Gemm:
         rounds = ceil_div(problem.blocks(tile), target.sms)
         size = tile.block_m, tile.block_n * problem.parts
         inputs = tile.span(problem.k) + JOIN * (tile.splits > 1)
-        return rounds * size[0] * size[1] * inputs / LARGE[size]
+        return rounds * size[0] * size[1] * inputs / sizes[size]
 
+    sizes = WIDE if problem.parts * problem.columns > 128 else LARGE
     # Joining what splits left takes registers that the largest tiles do not have.
     options = [
         tile
-        for size in LARGE
+        for size in sizes
         if _fits(size, problem, target)
         for tile in _split(_large(size, problem), problem, most=4 if size[0] == 64 else 1)
     ]
@@ -147,7 +151,7 @@ def _fits(size: tuple[int, int], problem: Problem, target: GpuTarget) -> bool:
     and 128 rows does not either.
     """
     rows, columns = size
-    if columns < 64 * problem.parts or rows > _most_rows(problem, target):
+    if columns < max(64, problem.columns) * problem.parts or rows > _most_rows(problem, target):
         return False
     if problem.format.name == "bf16":
         return size != max(LARGE) or target.shared_bytes >= 160 * 1024
