@@ -204,9 +204,7 @@ def _rounded(x: Tensor, fmt: str, device: Device, e4m3: bool = False) -> Tensor:
     return quant.round_inputs(x, quant.parse(fmt))
 
 
-def linear(
-    spec: Linear, o: Operands, batch: Batch, device: Device, e4m3: bool = False
-) -> Outputs:
+def linear(spec: Linear, o: Operands, batch: Batch, device: Device, e4m3: bool = False) -> Outputs:
     weight = _weight(o, device, spec.format, spec.n, spec.k, parts=spec.parts)
     y = _rounded(o["x"], spec.format, device, e4m3) @ weight.T
     if spec.bias:

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenmill import codegen
+from tokenmill.codegen.triton import experts
 from tokenmill.ir import plan as plans
 from tokenmill.ir.plan import Experts, LatentAttend, Linear, Norm, Pointwise, Route
 from tokenmill.ir.router import RouterSpec
@@ -192,14 +194,27 @@ def once(device, works, record=None):
     return 1.0
 
 
-def test_experts_are_right(tmp_path, device, monkeypatch):
+@pytest.mark.parametrize(("count", "fmt", "tokens"), [(8, "bf16", 4), (2, "fp8", 128)])
+def test_experts_are_right(tmp_path, device, monkeypatch, count, fmt, tokens):
+    """FP8 with so many tokens that activations are rounded to E4M3: farther than the bound from bf16."""
     monkeypatch.setattr(gpu_run, "seconds", once)
     monkeypatch.setattr(gpu_run, "ROUTINGS", 2)
-    specs = (Route(8, RouterSpec(2)), Experts(8, 2, 64, 32, "bf16", "bf16"))
-    gpu_build.build_suite(tmp_path / "tiny", "sm_90", Suite("tiny", specs, (4,)), named)
-    case = Case("experts", "tiny", "ours bf16", 4, "tiny", 1)
+    specs = (Route(count, RouterSpec(2)), Experts(count, 2, 64, 32, fmt, fmt))
+    gpu_build.build_suite(tmp_path / "tiny", "sm_90", Suite("tiny", specs, (tokens,)), named)
+    case = Case("experts", "tiny", f"ours {fmt}", tokens, "tiny", 1)
     figures = performed(tmp_path, device, [case])[case.name]
     assert figures["passed"], figures
+    monkeypatch.setattr(gpu_run.checks, "rounds", lambda rig, spec, tokens: fmt == "bf16")
+    figures = performed(tmp_path, device, [case])[case.name]
+    assert figures["passed"] == (fmt == "bf16"), figures
+
+
+def test_a_large_batch_meets_fp8_experts_in_e4m3():
+    target = codegen.parse_target("sm_90")
+    suite = gpu_cases.SUITES["experts"]
+    found = [s for s in suite.specs if s.kind == "experts" and experts.rounds(s, target, 4096)]
+    assert [s.gate_up_format for s in found] == ["fp8"] * len(gpu_cases.MIXTURES)
+    assert not any(experts.rounds(spec, target, 64) for spec in found)
 
 
 @pytest.mark.parametrize("fmt", ["bf16", "int8", "fp8"])

@@ -24,8 +24,8 @@ from ...ir.plan import Experts
 from ..text import fill, format_name
 from . import tiles
 from .expr import triton_code
-from .linear import ROUND_GROUPS, rounded
 from .launch import Constant, Group, Launch, Site, ceil_div, dtype_bytes, power_of_2
+from .linear import ROUND_GROUPS, rounded
 from .target import GpuTarget
 from .tiles import Gemm
 
@@ -222,7 +222,8 @@ def _few(site: Site, spec: Experts) -> Group:
 
 def rounds(spec: Experts, target: GpuTarget, tokens: int) -> bool:
     """Whether FP8 weights meet activations in E4M3, where there may be so many ``tokens``."""
-    return target.fp8 and tokens * spec.top_k >= E4M3_PAIRS * spec.experts
+    fp8 = target.fp8 and "fp8" in (spec.gate_up_format, spec.down_format)
+    return fp8 and tokens * spec.top_k >= E4M3_PAIRS * spec.experts
 
 
 def _many(site: Site, spec: Experts) -> Group:
@@ -614,13 +615,13 @@ def ${symbol}_up$variant(
     value = $value
     $store
 '''
-STORE = '''
+STORE = """\
 at = inner_ptr + pairs.to(tl.int64)[:, None] * INNER_PITCH + cols[None, :]
 tl.store(at, to(value, inner_ptr), inside[:, None] & (cols < INTER)[None, :])
-'''
-STORE_E4M3 = '''
+"""
+STORE_E4M3 = """\
 store_e4m3(value, pairs.to(tl.int64), inside, col, inner_ptr, inner_scale_ptr, INTER)
-'''
+"""
 DOWN = '''
 @triton.jit
 def ${symbol}_sorted_down$variant(
@@ -666,7 +667,7 @@ def ${symbol}_sort_e4m3(
     IDS_PITCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
     X_PITCH: tl.constexpr, GROUPS: tl.constexpr,
 ):
-    """As _sort; and programs beyond the experts round x to E4M3, of one token GROUPS times 128 inputs each."""
+    """As _sort; programs beyond the experts round x to E4M3, GROUPS times 128 inputs of a token each."""
     HIDDEN: tl.constexpr = $hidden
     PARTS: tl.constexpr = (HIDDEN + 128 * GROUPS - 1) // (128 * GROUPS)
     part = tl.program_id(0) - $experts

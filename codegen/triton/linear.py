@@ -11,6 +11,7 @@ from ..text import fill, format_name
 from . import tiles
 from .expr import triton_code
 from .launch import Group, Launch, Site, ceil_div, dtype_bytes, power_of_2
+from .target import GpuTarget
 
 E4M3_ROWS = 128  # beyond so many rows, FP8 weights meet activations that are rounded to E4M3
 ROUND_GROUPS = 8  # groups of 128 inputs that one program rounds
@@ -99,10 +100,15 @@ def _extras(spec: Linear) -> list[str]:
     return [loads[kind].format(i=i) for i, kind in enumerate(spec.extras)]
 
 
+def rounds(spec: Linear, target: GpuTarget, rows: int) -> bool:
+    """Whether weights meet activations in E4M3, where there may be so many ``rows``."""
+    return spec.format == "fp8" and target.fp8 and rows > E4M3_ROWS
+
+
 def launches(site: Site) -> Group:
     spec = site.spec
     assert isinstance(spec, Linear)
-    e4m3 = spec.format == "fp8" and site.target.fp8 and site.rows > E4M3_ROWS
+    e4m3 = rounds(spec, site.target, site.rows)
     x_bytes = dtype_bytes(site.views["x"].dtype)
     problem = tiles.Problem(
         site.rows, spec.n, spec.k, quant.parse(spec.format), spec.parts, x_bytes=x_bytes, e4m3=e4m3

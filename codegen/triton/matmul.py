@@ -71,7 +71,7 @@ def product_pair(
     X_PITCH: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Two products at once, for W of 2 N rows: with those from ``col`` on and with those from N + ``col`` on."""
+    """Two products at once, for W of 2 N rows: with those from ``col`` and from N + ``col`` on."""
     acc0, acc1 = _products(
         x, x, rows, inside, w, scale_ptr, col, k_begin, k_end,
         X_PITCH, N, K, FORMAT, GROUP, BLOCK_N, BLOCK_K, True,
@@ -122,7 +122,7 @@ def round_e4m3(x_ptr, row, groups, q_ptr, scale_ptr, X_PITCH: tl.constexpr, K: t
 
 @triton.jit
 def store_e4m3(x, rows, inside, col, q_ptr, scale_ptr, K: tl.constexpr):
-    """x [BM, 128], columns of a matrix [, K] from ``col`` on, as ``round_e4m3`` leaves them in its ``rows``."""
+    """x [BM, 128], columns from ``col`` on of the ``rows`` of a matrix [, K], as ``round_e4m3`` leaves it."""
     GROUPS: tl.constexpr = (K + 127) // 128
     tl.static_assert(x.shape[1] == 128, "a scale is of 128 columns")
     k = col + tl.arange(0, 128)[None, :]
@@ -165,7 +165,10 @@ def _products(
     there = below(cols, N, BLOCK_N)
     row0 = col if TILED else cols.to(tl.int64)
     row1 = row0 + N
-    indices = rows + tl.arange(0, BLOCK_M) if TILED else rows
+    if E4M3:
+        indices = rows + tl.arange(0, BLOCK_M) if TILED else rows
+        # Where a row is not inside, any scale will do: a mask would take registers.
+        x_scale_at = _scale_at(indices.to(tl.int32), 0, (K + 127) // 128)
     for k0 in range(k_begin, k_end, BLOCK_K):
         # Scales are asked for first: they arrive while the tiles are waited for.
         if FORMAT == "int4":
@@ -188,7 +191,7 @@ def _products(
                 if PAIR:
                     scale1 = _fp8_scales(scale_ptr, col + N, there, k0, K, ONE and N % 128 == 0)
                 if E4M3:
-                    x_scale = _input_scales(x_scale_ptr, indices, inside, k0, K)
+                    x_scale = tl.load(x_scale_ptr + k0 // 128 * 128 + x_scale_at)[None, :]
                     scale0 *= x_scale
                     if PAIR:
                         scale1 *= x_scale
@@ -230,7 +233,7 @@ def _inputs(
 
 @triton.jit
 def _weights(w, row, there, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """W[row, k ... k + BLOCK_K - 1], for formats that are stored row by row; of a descriptor, from ``row`` on."""
+    """W[row, k ... k + BLOCK_K - 1] of formats stored row by row; ``row`` is the first for a descriptor."""
     if isinstance(w, tl.tensor_descriptor):
         return w.load([row, k])
     else:
@@ -264,13 +267,6 @@ def _fp8_scales(scale_ptr, first, there, k, K: tl.constexpr, ONE: tl.constexpr):
     else:
         row = first + tl.arange(0, there.shape[0])
         return tl.load(scale_ptr + row // 128 * GROUPS + k // 128, there, 0.0)[:, None]
-
-
-@triton.jit
-def _input_scales(x_scale_ptr, rows, inside, k, K: tl.constexpr):
-    """Scales [1, BM] of E4M3 inputs from k on."""
-    at = _scale_at(rows.to(tl.int32), k // 128, (K + 127) // 128)
-    return tl.load(x_scale_ptr + at, inside, 0.0)[None, :]
 
 
 @triton.jit

@@ -8,8 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenmill.codegen.triton import tiles
-from tokenmill.codegen.triton.linear import E4M3_ROWS
+from tokenmill.codegen.triton import linear, tiles
 from tokenmill.codegen.triton.target import TARGETS
 from tokenmill.ir import quant
 from tokenmill.ir.plan import Linear
@@ -43,7 +42,7 @@ def kernels(request: pytest.FixtureRequest) -> Interpreted:
 def check(kernels: Interpreted, spec: Linear, sequences: tuple[tuple[int, int], ...]) -> None:
     batch = batch_of(*sequences)
     inputs = inputs_of(kernels, spec, batch)
-    e4m3 = kernels.target != "sm_80" and len(batch.positions) > E4M3_ROWS
+    e4m3 = linear.rounds(spec, TARGETS[kernels.target], len(batch.positions))
     want = kernels.expected(spec, batch, inputs, e4m3=e4m3)["out"]
     got = kernels.run(spec, batch, inputs)["out"]
     tolerance = TOLERANCE[kernels.dtype]
