@@ -39,7 +39,6 @@ def emit(spec: Linear, name: str) -> str:
         "rows": spec.parts * spec.n,
         "size": f"{spec.parts} * BLOCK_M * BLOCK_N" if spec.parts > 1 else "BLOCK_M * BLOCK_N",
         "weight": "".join(f"{part}_ptr, " for part in fmt.parts),
-        "matrix": ", ".join(f"{part}_ptr" for part in (fmt.parts * 2)[:2]),
         "operands": "".join(f"{p}_ptr, " for p in (*channels, *rows)),
         "pitches": "".join(f"{p.upper()}_PITCH: tl.constexpr, " for p in rows),
         "pass_pitches": "".join(f"{p.upper()}_PITCH, " for p in rows),
@@ -57,6 +56,7 @@ def emit(spec: Linear, name: str) -> str:
         "product": product,
         "form": f'X_PITCH, N, K, "{fmt.name.partition("-")[0]}", {fmt.group}, BLOCK_N, BLOCK_K',
         "inputs": f"x [rows, {spec.k}]",
+        **_reading(spec, "X_PITCH, BLOCK_K, ", tiled=spec.format == "bf16"),
     }
     rounded = {
         "variant": "_e4m3",
@@ -65,11 +65,47 @@ def emit(spec: Linear, name: str) -> str:
         "product": f"{product}_e4m3",
         "form": "N, K, BLOCK_N",
         "inputs": f"x [rows, {spec.k}] as {name}_round leaves it",
+        **_reading(spec, "", tiled=True, e4m3=True),
     }
     texts = [fill(PRODUCT, **names, **whole)]
     if spec.format == "fp8":
         texts += [fill(ROUND, **names), fill(PRODUCT, **names, **rounded)]
     return "\n\n".join([*texts, fill(STORE, **names)])
+
+
+def _reading(spec: Linear, x_sizes: str, *, tiled: bool, e4m3: bool = False) -> dict[str, str]:
+    """How x and weights are read: ``tiled``, they are, if DESCRIPTORS, copied tile by tile."""
+    channels, rows = _operands(spec)
+    values, *scale = quant.parse(spec.format).parts
+    width = ceil_div(spec.k, quant.FP8_BLOCK) * quant.FP8_BLOCK
+    descriptors = fill(
+        DESCRIPTORS,
+        values=values,
+        rows=spec.parts * spec.n,
+        k=spec.k,
+        width=width if e4m3 else spec.k,
+        pitch=width if e4m3 else "X_PITCH",
+        block_k=quant.FP8_BLOCK if e4m3 else "BLOCK_K",
+    )
+    x, w = ("x", "w") if tiled else ("x_ptr", f"{values}_ptr")
+    scales = [f"{name}_ptr" for name in scale]
+    x_scale = ["x_scale_ptr"] if e4m3 else []
+    operands = [f"{name}_ptr" for name in (*channels, *rows)]
+    pitches = "".join(f"{name.upper()}_PITCH, " for name in (*rows, "out"))
+    return {
+        "descriptors": descriptors if tiled else "",
+        "tile_x": ", ".join(["x", *x_scale]),
+        "tile_w": "".join(f"{name}, " for name in ("w", *scales)),
+        "tile_matrix": ", ".join(["w", *scales, "w"][:2]),
+        "tiled": "DESCRIPTORS: tl.constexpr," * tiled,
+        "first": "m * BLOCK_M if DESCRIPTORS else rows" if tiled else "rows",
+        "tile": fill(
+            TILE,
+            operands=", ".join([x, *x_scale, w, *scales, *operands]),
+            sizes=f"{x_sizes}{pitches}",
+            tiled=" DESCRIPTORS," * tiled,
+        ),
+    }
 
 
 def _sum(spec: Linear, part: int) -> str:
@@ -110,8 +146,9 @@ def launches(site: Site) -> Group:
     assert isinstance(spec, Linear)
     e4m3 = rounds(spec, site.target, site.rows)
     x_bytes = dtype_bytes(site.views["x"].dtype)
+    fmt, tiled = quant.parse(spec.format), _tiled(site, spec, e4m3)
     problem = tiles.Problem(
-        site.rows, spec.n, spec.k, quant.parse(spec.format), spec.parts, x_bytes=x_bytes, e4m3=e4m3
+        site.rows, spec.n, spec.k, fmt, spec.parts, x_bytes=x_bytes, e4m3=e4m3, tiled=tiled
     )
     tile = tiles.gemm(site.target, site.symbol, problem)
     count = tile.tiles(site.rows, spec.n) if tile.splits > 1 else 0
@@ -125,6 +162,14 @@ def launches(site: Site) -> Group:
         return Group(steps, scratch | sizes)
     constants = site.pitches("x") | {"BLOCK_K": tile.block_k}
     return Group((_product(site, spec, tile, "", ["x"], constants),), scratch)
+
+
+def _tiled(site: Site, spec: Linear, e4m3: bool) -> bool:
+    """Whether tensor descriptors may say where x and the weight are: rows begin at multiples of 16 bytes."""
+    if e4m3:
+        return spec.k % 16 == 0
+    x = site.views["x"]
+    return spec.format == x.dtype == "bf16" and x.aligned and spec.k % 8 == 0
 
 
 def rounded(name: str, rows: int, k: int) -> tuple[list[Source], dict[str, int]]:
@@ -167,9 +212,21 @@ def _product(
         "GROUP_M": tile.group_m,
         "SPLITS": tile.splits,
         "SPAN": tile.span(spec.k),
+        "PERSISTENT": tile.persistent > 0,
+        "FLATTEN": tile.flatten,
     }
-    constants = {**constants, **site.pitches(*rows, "out"), **sizes}
-    return site.launch(site.symbol + variant, grid, args, constants, tile.warps, tile.stages)
+    if variant or spec.format == "bf16":
+        sizes["DESCRIPTORS"] = tile.descriptors
+    assert tile.splits == 1 or not tile.persistent, "programs that share a tile run once"
+    return site.launch(
+        site.symbol + variant,
+        grid,
+        args,
+        {**constants, **site.pitches(*rows, "out"), **sizes},
+        tile.warps,
+        tile.stages,
+        tile.persistent,
+    )
 
 
 def _weight(site: Site, spec: Linear) -> list[Source]:
@@ -187,27 +244,52 @@ def $symbol$variant(
     ${x_sizes}${pitches}OUT_PITCH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
     SPLITS: tl.constexpr, SPAN: tl.constexpr,
+    PERSISTENT: tl.constexpr, FLATTEN: tl.constexpr,
+    $tiled
 ):
     """$equation
 
     $sums
     $inputs, w [$rows, $k].
-    One tile of BLOCK_M rows and BLOCK_N columns per program, or per SPLITS programs, SPAN inputs each.
+    One tile of BLOCK_M rows and BLOCK_N columns per program, or per SPLITS programs, SPAN inputs each; if
+    PERSISTENT, one after the other in every program, the next loaded while the last is stored if FLATTEN.
     """
+    count = tl.load(count_ptr)
+    tiles = tl.cdiv(count, BLOCK_M) * tl.cdiv($n, BLOCK_N)
+    tile = tl.program_id(0)
+    if tile >= tiles:
+        return
+    $descriptors
+    if PERSISTENT:
+        for tile in tl.range(tile, tiles, tl.num_programs(0), flatten=FLATTEN):
+            ${symbol}_tile$variant(
+                $tile
+            )
+    else:
+        ${symbol}_tile$variant(
+            $tile
+        )
+
+
+@triton.jit
+def ${symbol}_tile$variant(
+    $tile_x, ${tile_w}${operands}partial_ptr, done_ptr, out_ptr, tile, count,
+    ${x_sizes}${pitches}OUT_PITCH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
+    SPLITS: tl.constexpr, SPAN: tl.constexpr,
+    $tiled
+):
+    """A tile of out, or what one of SPLITS programs adds to it."""
     N: tl.constexpr = $n
     K: tl.constexpr = $k
-    count = tl.load(count_ptr)
-    tile = tl.program_id(0)
     m, n = tile_of(tile, count, N, BLOCK_M, BLOCK_N, GROUP_M)
-    if m * BLOCK_M >= count:
-        return
     rows = (m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     cols = n * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < count
     begin = tl.program_id(1) * SPAN if SPLITS > 1 else 0
     end = tl.minimum(begin + SPAN, K) if SPLITS > 1 else K
     $accs = $product(
-        $x, rows, inside, $matrix, n * BLOCK_N, begin, end, $form
+        $tile_x, $first, inside, $tile_matrix, n * BLOCK_N, begin, end, $form
     )
     if SPLITS > 1:
         # Sums of all splits meet in memory; the program that is done last adds them up, in their order.
@@ -217,17 +299,32 @@ def $symbol$variant(
         mine = sums + tl.program_id(1) * SIZE
         $keeps
         tl.debug_barrier()  # what any thread stored comes before the count
-        if tl.atomic_add(done_ptr + tile, 1) < SPLITS - 1:
-            return
-        tl.store(done_ptr + tile, 0)
-        $zeros
-        for split in tl.range(0, SPLITS, loop_unroll_factor=SPLITS if SIZE <= 4096 else 1):
-            theirs = sums + split * SIZE
-            $joins
-    ${symbol}_store(
-        $accs, rows, inside, cols, ${operands}out_ptr, ${pass_pitches}OUT_PITCH, BLOCK_N
-    )
+        if tl.atomic_add(done_ptr + tile, 1) == SPLITS - 1:
+            tl.store(done_ptr + tile, 0)
+            $zeros
+            for split in tl.range(0, SPLITS, loop_unroll_factor=SPLITS if SIZE <= 4096 else 1):
+                theirs = sums + split * SIZE
+                $joins
+            ${symbol}_store(
+                $accs, rows, inside, cols, ${operands}out_ptr, ${pass_pitches}OUT_PITCH, BLOCK_N
+            )
+    else:
+        ${symbol}_store(
+            $accs, rows, inside, cols, ${operands}out_ptr, ${pass_pitches}OUT_PITCH, BLOCK_N
+        )
 '''
+DESCRIPTORS = """\
+if DESCRIPTORS:
+    x = tl.make_tensor_descriptor(x_ptr, [count, $width], [$pitch, 1], [BLOCK_M, $block_k])
+    w = tl.make_tensor_descriptor(${values}_ptr, [$rows, $k], [$k, 1], [BLOCK_N, $block_k])
+else:
+    x = x_ptr
+    w = ${values}_ptr
+"""
+TILE = """\
+$operands, partial_ptr, done_ptr, out_ptr, tile, count,
+${sizes}BLOCK_M, BLOCK_N, GROUP_M, SPLITS, SPAN,$tiled
+"""
 KEEP = "tl.store(mine{at}, acc{part}, inside[:, None])"
 ZERO = "acc{part} = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)"
 # Not by way of the nearest cache, which does not see what others store.

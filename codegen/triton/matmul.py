@@ -18,19 +18,19 @@ from .support import decode_fp8
 
 @triton.jit
 def tile_of(
-    program, rows,
+    tile, rows,
     N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """Which block of rows and of columns a program computes; the former may lie beyond ``rows``.
+    """Which block of rows and of columns a tile is, of as many as cover [rows, N].
 
-    Programs that run together share GROUP_M blocks of rows, and so read each block of weights once.
+    Tiles in a row share GROUP_M blocks of rows, and so programs that run together read each block of weights
+    once.
     """
     across: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    first = program // (GROUP_M * across) * GROUP_M
-    high = tl.maximum(1, tl.minimum(tl.cdiv(rows, BLOCK_M) - first, GROUP_M))
-    at = program % (GROUP_M * across)
-    # Of the last group, which may be lower, programs from high * across on have nothing to do.
-    return tl.where(at < high * across, first + at % high, tl.cdiv(rows, BLOCK_M)), at // high
+    first = tile // (GROUP_M * across) * GROUP_M
+    high = tl.minimum(tl.cdiv(rows, BLOCK_M) - first, GROUP_M)  # the last group may be lower
+    at = tile % (GROUP_M * across)
+    return first + at % high, at // high
 
 
 @triton.jit

@@ -34,6 +34,9 @@ class Gemm:
     """One block computes [block_m rows, block_n columns] of each part, ``block_k`` inputs at a time.
 
     ``splits`` blocks share the inputs of one tile; ``group_m`` row blocks run together (``tile_of``).
+    With ``persistent``, so many blocks per multiprocessor compute one tile after the other; with ``flatten``
+    a block loads what is next while it stores what was last.  With ``descriptors``, tiles of operands are
+    copied by tensor descriptors.
     """
 
     block_m: int
@@ -43,6 +46,9 @@ class Gemm:
     group_m: int = 8
     warps: int = 4
     stages: int = 3
+    persistent: int = 0
+    flatten: bool = False
+    descriptors: bool = False
 
     def tiles(self, m: int, n: int) -> int:
         """How many tiles cover [m, n]."""
@@ -58,7 +64,8 @@ class Problem:
     """x [m, k] times the transpose of ``parts`` matrices [n, k], for ``batch`` such problems in one launch.
 
     ``x_bytes`` is the size of a number of x in memory; ``e4m3`` says that it is rounded to E4M3 before.
-    A tile has whole groups of ``columns`` of each part.
+    A tile has whole groups of ``columns`` of each part.  ``tiled`` says that tensor descriptors can describe
+    both operands.
     """
 
     m: int
@@ -71,6 +78,7 @@ class Problem:
     e4m3: bool = False
     splittable: bool = True
     columns: int = 1
+    tiled: bool = False
 
     def blocks(self, tile: Gemm) -> int:
         return self.batch * tile.tiles(self.m, self.n) * tile.splits
@@ -80,7 +88,8 @@ def gemm(target: GpuTarget, symbol: str, problem: Problem) -> Gemm:
     """The measured tile of a kernel, or a default."""
     measured = _table(target.name).get(symbol, {}).get(str(problem.m))
     if measured:
-        return Gemm(**measured)
+        tile = Gemm(**measured)
+        return replace(tile, descriptors=tile.descriptors and problem.tiled and target.tma)
     if problem.m <= STREAMED_ROWS or _most_rows(problem, target) < STREAMED_ROWS:
         return _streamed(problem, target)
     return _reused(problem, target)
@@ -131,7 +140,12 @@ def _reused(problem: Problem, target: GpuTarget) -> Gemm:
         for tile in _split(_large(size, problem), problem, most=4 if size[0] == 64 else 1)
     ]
     tile = min(options, key=cost)
-    return replace(tile, stages=_stages(tile, problem, target, resident=1))
+    tile = replace(tile, stages=_stages(tile, problem, target, resident=1))
+    if problem.tiled and target.tma and tile.splits == 1:
+        # Sums that are scaled as they grow leave no registers for what is loaded ahead, and mma no memory.
+        flatten = not problem.e4m3 and not _mma(target)
+        return replace(tile, persistent=1, flatten=flatten, descriptors=True)
+    return tile
 
 
 def _large(size: tuple[int, int], problem: Problem) -> Gemm:
