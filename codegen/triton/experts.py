@@ -17,14 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 from ...ir import quant
 from ...ir.plan import Experts
 from ..text import fill, format_name
 from . import tiles
 from .expr import triton_code
-from .launch import Constant, Group, Launch, Site, ceil_div, dtype_bytes, power_of_2
+from .launch import Constant, Group, Launch, Site, Source, ceil_div, dtype_bytes, power_of_2
 from .linear import ROUND_GROUPS, rounded
 from .target import GpuTarget
 from .tiles import Gemm
@@ -36,7 +35,7 @@ LANE = 16  # rows of scratch are padded to a multiple of it
 SORT = 2048  # pairs that a program of the sort looks at together
 THREADS = 128  # of a program of the sort
 SUM = 1024  # columns that a program of the sum adds up
-Source: TypeAlias = str | tuple[str, str]
+# A parameter that products of E4M3 do not have.
 NO_BLOCK_K = {"block_k": "", "pass_block_k": ""}
 BLOCK_K = {"block_k": ", BLOCK_K: tl.constexpr", "pass_block_k": ", BLOCK_K"}
 

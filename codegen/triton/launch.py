@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from ...ir.plan import DTYPE_BYTES, KernelSpec, Rows
 from .target import GpuTarget
@@ -27,6 +28,8 @@ TYPES = {
     "i32": "i32",
 }
 Constant = int | float | bool
+# An operand, an input or a count by its name; or that and the type of what its bytes are, for scratch.
+Source: TypeAlias = str | tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ class Site:
         self,
         function: str,
         grid: Sequence[int],
-        args: Sequence[str | tuple[str, str]],
+        args: Sequence[Source],
         constants: Mapping[str, Constant],
         warps: int = 4,
         stages: int = 2,

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
 
 from ...ir import quant
 from ...ir.plan import Linear
 from ..text import fill, format_name
 from . import tiles
 from .expr import triton_code
-from .launch import Group, Launch, Site, ceil_div, dtype_bytes, power_of_2
+from .launch import Group, Launch, Site, Source, ceil_div, dtype_bytes, power_of_2
 from .target import GpuTarget
 
 E4M3_ROWS = 128  # beyond so many rows, FP8 weights meet activations that are rounded to E4M3
 ROUND_GROUPS = 8  # groups of 128 inputs that one program rounds
-Source: TypeAlias = str | tuple[str, str]
 
 
 def symbol(spec: Linear) -> str:
@@ -38,7 +36,6 @@ def emit(spec: Linear, name: str) -> str:
         "k": spec.k,
         "rows": spec.parts * spec.n,
         "size": f"{spec.parts} * BLOCK_M * BLOCK_N" if spec.parts > 1 else "BLOCK_M * BLOCK_N",
-        "weight": "".join(f"{part}_ptr, " for part in fmt.parts),
         "operands": "".join(f"{p}_ptr, " for p in (*channels, *rows)),
         "pitches": "".join(f"{p.upper()}_PITCH: tl.constexpr, " for p in rows),
         "pass_pitches": "".join(f"{p.upper()}_PITCH, " for p in rows),
@@ -51,61 +48,56 @@ def emit(spec: Linear, name: str) -> str:
     }
     whole = {
         "variant": "",
-        "x": "x_ptr",
         "x_sizes": "X_PITCH: tl.constexpr, BLOCK_K: tl.constexpr, ",
+        "pass_sizes": "X_PITCH, BLOCK_K, ",
         "product": product,
         "form": f'X_PITCH, N, K, "{fmt.name.partition("-")[0]}", {fmt.group}, BLOCK_N, BLOCK_K',
         "inputs": f"x [rows, {spec.k}]",
-        **_reading(spec, "X_PITCH, BLOCK_K, ", tiled=spec.format == "bf16"),
+        **_operands_of(spec, tiled=spec.format == "bf16"),
+        "width": spec.k,
+        "pitch": "X_PITCH",
+        "block_k": "BLOCK_K",
     }
+    padded = ceil_div(spec.k, quant.FP8_BLOCK) * quant.FP8_BLOCK
     rounded = {
         "variant": "_e4m3",
-        "x": "x_ptr, x_scale_ptr",
         "x_sizes": "",
+        "pass_sizes": "",
         "product": f"{product}_e4m3",
         "form": "N, K, BLOCK_N",
         "inputs": f"x [rows, {spec.k}] as {name}_round leaves it",
-        **_reading(spec, "", tiled=True, e4m3=True),
+        **_operands_of(spec, tiled=True, x_scale="x_scale_ptr, "),
+        "width": padded,
+        "pitch": padded,
+        "block_k": quant.FP8_BLOCK,
     }
-    texts = [fill(PRODUCT, **names, **whole)]
+    texts = [_product_text(names | whole)]
     if spec.format == "fp8":
-        texts += [fill(ROUND, **names), fill(PRODUCT, **names, **rounded)]
+        texts += [fill(ROUND, **names), _product_text(names | rounded)]
     return "\n\n".join([*texts, fill(STORE, **names)])
 
 
-def _reading(spec: Linear, x_sizes: str, *, tiled: bool, e4m3: bool = False) -> dict[str, str]:
-    """How x and weights are read: ``tiled``, they are, if DESCRIPTORS, copied tile by tile."""
-    channels, rows = _operands(spec)
+def _operands_of(spec: Linear, *, tiled: bool, x_scale: str = "") -> dict[str, object]:
+    """What a kernel calls x and the weight, and a tile of it, which may get descriptors if ``tiled``."""
     values, *scale = quant.parse(spec.format).parts
-    width = ceil_div(spec.k, quant.FP8_BLOCK) * quant.FP8_BLOCK
-    descriptors = fill(
-        DESCRIPTORS,
-        values=values,
-        rows=spec.parts * spec.n,
-        k=spec.k,
-        width=width if e4m3 else spec.k,
-        pitch=width if e4m3 else "X_PITCH",
-        block_k=quant.FP8_BLOCK if e4m3 else "BLOCK_K",
-    )
-    x, w = ("x", "w") if tiled else ("x_ptr", f"{values}_ptr")
-    scales = [f"{name}_ptr" for name in scale]
-    x_scale = ["x_scale_ptr"] if e4m3 else []
-    operands = [f"{name}_ptr" for name in (*channels, *rows)]
-    pitches = "".join(f"{name.upper()}_PITCH, " for name in (*rows, "out"))
+    scales = "".join(f"{name}_ptr, " for name in scale)
     return {
-        "descriptors": descriptors if tiled else "",
-        "tile_x": ", ".join(["x", *x_scale]),
-        "tile_w": "".join(f"{name}, " for name in ("w", *scales)),
-        "tile_matrix": ", ".join(["w", *scales, "w"][:2]),
-        "tiled": "DESCRIPTORS: tl.constexpr," * tiled,
+        "x": f"x_ptr, {x_scale}",
+        "weight": f"{values}_ptr, {scales}",
+        "values": f"{values}_ptr",
+        "tile_x": f"x, {x_scale}",
+        "tile_weight": f"w, {scales}",
+        "matrix": f"w, {scales or 'w, '}",
         "first": "m * BLOCK_M if DESCRIPTORS else rows" if tiled else "rows",
-        "tile": fill(
-            TILE,
-            operands=", ".join([x, *x_scale, w, *scales, *operands]),
-            sizes=f"{x_sizes}{pitches}",
-            tiled=" DESCRIPTORS," * tiled,
-        ),
+        "tiled": "DESCRIPTORS: tl.constexpr," * tiled,
+        "pass_tiled": " DESCRIPTORS," * tiled,
+        "pass_operands": f"x, {x_scale}w, {scales}" if tiled else f"x_ptr, {values}_ptr, {scales}",
     }
+
+
+def _product_text(names: Mapping[str, object]) -> str:
+    descriptors = fill(DESCRIPTORS, **names) if names["tiled"] else ""
+    return fill(PRODUCT, **names, descriptors=descriptors, tile=fill(TILE, **names))
 
 
 def _sum(spec: Linear, part: int) -> str:
@@ -240,7 +232,7 @@ def _weight(site: Site, spec: Linear) -> list[Source]:
 PRODUCT = '''
 @triton.jit
 def $symbol$variant(
-    $x, ${weight}${operands}partial_ptr, done_ptr, out_ptr, count_ptr,
+    ${x}${weight}${operands}partial_ptr, done_ptr, out_ptr, count_ptr,
     ${x_sizes}${pitches}OUT_PITCH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
     SPLITS: tl.constexpr, SPAN: tl.constexpr,
@@ -273,7 +265,7 @@ def $symbol$variant(
 
 @triton.jit
 def ${symbol}_tile$variant(
-    $tile_x, ${tile_w}${operands}partial_ptr, done_ptr, out_ptr, tile, count,
+    ${tile_x}${tile_weight}${operands}partial_ptr, done_ptr, out_ptr, tile, count,
     ${x_sizes}${pitches}OUT_PITCH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
     SPLITS: tl.constexpr, SPAN: tl.constexpr,
@@ -289,7 +281,7 @@ def ${symbol}_tile$variant(
     begin = tl.program_id(1) * SPAN if SPLITS > 1 else 0
     end = tl.minimum(begin + SPAN, K) if SPLITS > 1 else K
     $accs = $product(
-        $tile_x, $first, inside, $tile_matrix, n * BLOCK_N, begin, end, $form
+        ${tile_x}$first, inside, ${matrix}n * BLOCK_N, begin, end, $form
     )
     if SPLITS > 1:
         # Sums of all splits meet in memory; the program that is done last adds them up, in their order.
@@ -316,14 +308,14 @@ def ${symbol}_tile$variant(
 DESCRIPTORS = """\
 if DESCRIPTORS:
     x = tl.make_tensor_descriptor(x_ptr, [count, $width], [$pitch, 1], [BLOCK_M, $block_k])
-    w = tl.make_tensor_descriptor(${values}_ptr, [$rows, $k], [$k, 1], [BLOCK_N, $block_k])
+    w = tl.make_tensor_descriptor($values, [$rows, $k], [$k, 1], [BLOCK_N, $block_k])
 else:
     x = x_ptr
-    w = ${values}_ptr
+    w = $values
 """
 TILE = """\
-$operands, partial_ptr, done_ptr, out_ptr, tile, count,
-${sizes}BLOCK_M, BLOCK_N, GROUP_M, SPLITS, SPAN,$tiled
+${pass_operands}${operands}partial_ptr, done_ptr, out_ptr, tile, count,
+${pass_sizes}${pass_pitches}OUT_PITCH, BLOCK_M, BLOCK_N, GROUP_M, SPLITS, SPAN,$pass_tiled
 """
 KEEP = "tl.store(mine{at}, acc{part}, inside[:, None])"
 ZERO = "acc{part} = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)"

@@ -269,7 +269,7 @@ def test_large_products_copy_tiles_by_descriptors(
     binary = built.binaries[name]
     assert [s["bytes"] > 0 for s in binary.scratch] == [True, False]
     assert binary.scratch[0]["align"] == 128
-    assert not binary.local_bytes
+    assert binary.local_bytes <= 64
     (cores,) = binary.tensor_cores
     assert cores.split()[0] == products
     path = tmp_path / "product.cubin"
