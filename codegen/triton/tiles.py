@@ -23,6 +23,8 @@ from .target import GpuTarget
 
 STREAMED_ROWS = 64  # up to so many rows a product is bound by reading its weights
 LEAST_INPUTS = 512  # of one split
+RESERVED = 2048  # bytes of shared memory beside the buffers, and what the system takes
+WARPS = 8  # of a multiprocessor, with as many registers as large tiles want
 JOIN = 400  # joining splits takes about as long as multiplying so many inputs
 # Tiles for many rows, and about what share of its speed a tensor core reaches with them.
 LARGE = {(128, 256): 1.0, (128, 128): 0.9, (64, 128): 0.75, (64, 64): 0.55}
@@ -144,7 +146,9 @@ def _reused(problem: Problem, target: GpuTarget) -> Gemm:
     if problem.tiled and target.tma and tile.splits == 1:
         # Sums that are scaled as they grow leave no registers for what is loaded ahead, and mma no memory.
         flatten = not problem.e4m3 and not _mma(target)
-        return replace(tile, persistent=1, flatten=flatten, descriptors=True)
+        memory = target.shared_bytes // (tile.stages * _buffer(tile, problem) + RESERVED)
+        persistent = max(1, min(memory, WARPS // tile.warps))
+        return replace(tile, persistent=persistent, flatten=flatten, descriptors=True)
     return tile
 
 
@@ -187,12 +191,16 @@ def _block_k(problem: Problem) -> int:
 
 
 def _stages(tile: Gemm, problem: Problem, target: GpuTarget, resident: int) -> int:
-    """As many as fit with ``resident`` blocks on a multiprocessor, beside what the system takes."""
+    """As many as fit with ``resident`` blocks on a multiprocessor."""
+    buffers = (target.shared_bytes // resident - RESERVED) // _buffer(tile, problem)
+    return max(2, min(6, buffers + _mma(target)))
+
+
+def _buffer(tile: Gemm, problem: Problem) -> int:
+    """Bytes of one block of inputs, of x and of weights."""
     x_bytes = 1 if problem.e4m3 else problem.x_bytes
     weights = problem.parts * tile.block_n * tile.block_k * problem.format.bits // 8
-    buffer = weights + tile.block_m * tile.block_k * x_bytes
-    buffers = (target.shared_bytes // resident - 2048) // buffer
-    return max(2, min(6, buffers + _mma(target)))
+    return weights + tile.block_m * tile.block_k * x_bytes
 
 
 def _mma(target: GpuTarget) -> bool:

@@ -262,7 +262,7 @@ def test_large_products_copy_tiles_by_descriptors(
     schedule = json.loads(files["schedule.json"])
     launch = schedule["groups"][schedule["buckets"][-1]["steps"][0]][-1]
     name = launch["binary"]
-    assert launch["per_sm"] == 1
+    assert launch["per_sm"] > 0
     schedule["binaries"] = [b for b in schedule["binaries"] if b["name"] == name]
     schedule["buckets"] = []
     built = build_gpu(files | {"schedule.json": json.dumps(schedule)}, parse_target(target))

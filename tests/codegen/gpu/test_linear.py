@@ -110,8 +110,7 @@ def test_many_rows_are_read_through_descriptors(tiled: Interpreted, spec: Linear
     assert bound["DESCRIPTORS"]
     assert bound["PERSISTENT"]
     launch = launch_of(tiled, spec)
-    assert launch["per_sm"] == 1
-    assert launch["grid"][0] > SMS
+    assert launch["grid"][0] > SMS * launch["per_sm"] > 0
     check(tiled, spec, MANY)
 
 
