@@ -3,6 +3,7 @@
 DIR/build.json            target, formats, layers
 DIR/checks-f32, -bf16     single kernels on hostile shapes; suite.json says which, and on what batches
 DIR/gemm, experts, mla    kernels at the shapes of models
+DIR/gemm-pointers         large products without tensor descriptors
 DIR/model-FORMAT          the bundled model, a whole artifact, and expected.npz
 DIR/end-FORMAT            an artifact of a large model without its weights
 """
@@ -13,7 +14,9 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,7 @@ from _gpu_cases import (
 )
 from tokenmill import codegen
 from tokenmill.codegen import reference
+from tokenmill.codegen.triton import tiles
 from tokenmill.codegen.triton.target import GpuTarget
 from tokenmill.ir import cache
 from tokenmill.ir import plan as plans
@@ -129,8 +133,21 @@ def write_kernels(
 
 def build_suite(path: Path, target: str, suite: Suite, compile_: Compile = compiled) -> None:
     plan = suite.plan()
-    files = only_buckets(codegen.emit(plan, target), suite.buckets)
+    with _pointers() if suite.pointers else nullcontext():
+        files = only_buckets(codegen.emit(plan, target), suite.buckets)
     write_kernels(path, target, files, {"plan": plans.dump(plan)}, compile_)
+
+
+@contextmanager
+def _pointers() -> Iterator[None]:
+    """Within, no tile is read by descriptors, and no program has several."""
+    usual = tiles.gemm
+    plain = {"persistent": 0, "flatten": False, "descriptors": False}
+    tiles.gemm = lambda *args: replace(usual(*args), **plain)
+    try:
+        yield
+    finally:
+        tiles.gemm = usual
 
 
 def build_checks(

@@ -44,6 +44,7 @@ PAGE = 64
 SHAPES = ((2112, 7168), (24576, 1536), (7168, 16384), (4096, 7168), (7168, 2048))
 ROWS = (1, 16, 64, 512, 4096)
 FORMATS = ("bf16", "fp8", "int4-g128")
+POINTED, POINTED_ROWS = ("bf16", "fp8"), (512, 4096)  # also read by pointers, for comparison
 GEMM_PEERS = ("cublas bf16", "scaled_mm fp8", "scaled_mm fp8 blocks")
 
 # Experts, those that a token visits, hidden, inner width.
@@ -100,12 +101,17 @@ class Case:
 
 @dataclass(frozen=True)
 class Suite:
-    """Kernels to build for batches of ``buckets`` tokens."""
+    """Kernels to build for batches of ``buckets`` tokens.
+
+    With ``pointers``, a program computes one tile of a large product and reads its operands by pointers,
+    where it is usual that programs go from tile to tile and have tensor descriptors.
+    """
 
     name: str
     specs: tuple[KernelSpec, ...]
     buckets: tuple[int, ...]
     positions: int = PAGE
+    pointers: bool = False
 
     def plan(self) -> Plan:
         """A step per spec on buffers of its own, activations narrowed as in a model's plan."""
@@ -119,6 +125,11 @@ class Suite:
 def gemm_suite() -> Suite:
     specs = tuple(Linear(n, k, fmt) for n, k in SHAPES for fmt in FORMATS)
     return Suite("gemm", specs, ROWS)
+
+
+def pointers_suite() -> Suite:
+    specs = tuple(Linear(n, k, fmt) for n, k in SHAPES for fmt in POINTED)
+    return Suite("gemm-pointers", specs, POINTED_ROWS, pointers=True)
 
 
 def experts_suite() -> Suite:
@@ -139,7 +150,9 @@ def mla_suite() -> Suite:
     return Suite("mla", specs, SEQUENCES, max(CONTEXTS))
 
 
-SUITES = {suite.name: suite for suite in (gemm_suite(), experts_suite(), mla_suite())}
+SUITES = {
+    suite.name: suite for suite in (gemm_suite(), pointers_suite(), experts_suite(), mla_suite())
+}
 
 
 def plan_of(specs: Sequence[KernelSpec], capacity: Capacity, positions: int) -> Plan:
@@ -237,6 +250,10 @@ def gemm_cases() -> Iterator[Case]:
             for rows in ROWS:
                 step = i * len(FORMATS) + j
                 yield Case("gemm", f"{n}x{k}", OURS + fmt, rows, "gemm", step)
+        for j, fmt in enumerate(POINTED):
+            for rows in POINTED_ROWS:
+                step, name = i * len(POINTED) + j, f"{OURS}{fmt} pointers"
+                yield Case("gemm", f"{n}x{k}", name, rows, "gemm-pointers", step)
         for peer in GEMM_PEERS:
             yield from (Case("gemm", f"{n}x{k}", peer, rows) for rows in ROWS)
 

@@ -9,7 +9,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from _gpu_rig import Memory, Rig, counts
-from tokenmill.ir import cache, quant
+from tokenmill.codegen.triton import experts, linear
+from tokenmill.codegen.triton.target import TARGETS
+from tokenmill.ir import cache
 from tokenmill.ir.cache import Batch
 from tokenmill.ir.plan import (
     DTYPE_BYTES,
@@ -29,7 +31,6 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.codegen.harness import DTYPES, Kernels, batch_of, inputs_of
 
-E4M3_ROWS = 128  # beyond so many rows, FP8 weights meet activations that are rounded to E4M3
 MOST = 200  # tokens
 # Of a row's largest value: by the order of sums, by bf16 between two products, by bf16 around them.
 EXACT, ROUNDED, NARROW = 1e-4, 2.0**-8, 2.0**-6
@@ -127,23 +128,25 @@ def _error(kernels: Checked, spec: KernelSpec, batch: Batch) -> float:
     if isinstance(spec, SelectRows):
         rows = torch.tensor([r for r in ROWS if r < len(batch.positions)], dtype=torch.int32)
     got = kernels.run(spec, batch, inputs, rows=rows)
-    want = kernels.expected(spec, batch, _as_read(kernels, spec, inputs), rows)
+    e4m3 = _rounds(kernels, spec, batch)
+    want = kernels.expected(spec, batch, inputs, rows, e4m3)
     return max(row_error(got[name], value) for name, value in want.items())
 
 
-def _as_read(kernels: Checked, spec: KernelSpec, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Inputs as an FP8 product of many rows reads them."""
-    if not isinstance(spec, Linear) or spec.format != "fp8" or len(inputs["x"]) <= E4M3_ROWS:
-        return inputs
-    return {**inputs, "x": e4m3_inputs(inputs["x"].to(DTYPES[kernels.dtype]).float())}
+def rounds(rig: Rig, spec: KernelSpec, tokens: int) -> bool:
+    """Whether activations of so many tokens are rounded to E4M3, which FP8 weights multiply."""
+    target, most = TARGETS[rig.schedule["target"]], rig.bucket(tokens)["tokens"]
+    match spec:
+        case Linear():
+            return linear.rounds(spec, target, most)
+        case Experts():
+            return experts.rounds(spec, target, most)
+    return False
 
 
-def e4m3_inputs(x: Tensor) -> Tensor:
-    """Rounded to E4M3, with one scale per row and 128 inputs."""
-    groups = torch.nn.functional.pad(x, (0, -x.shape[1] % 128)).unflatten(-1, (-1, 128))
-    scale = groups.abs().amax(-1, keepdim=True) / quant.FP8_MAX
-    rounded = (groups / scale).to(torch.float8_e4m3fn).float() * scale
-    return rounded.flatten(1)[:, : x.shape[1]]
+def _rounds(kernels: Checked, spec: KernelSpec, batch: Batch) -> bool:
+    assert kernels.rig is not None
+    return rounds(kernels.rig, spec, len(batch.positions))
 
 
 def _cache_error(
@@ -187,9 +190,8 @@ def row_error(got: Tensor, want: Tensor) -> float:
 
 
 def _bound(kernels: Checked, spec: KernelSpec, batch: Batch) -> float:
-    many = len(batch.positions) > E4M3_ROWS
     match spec:
-        case Linear(format="fp8") if many:
+        case Linear() | Experts() if _rounds(kernels, spec, batch):
             return NARROW
         case Attend() | LatentAttend() if spec.cache_format != "fp32":
             return NARROW

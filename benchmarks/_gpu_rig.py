@@ -166,7 +166,8 @@ class Rig:
         works = []
         for entry in self.schedule["groups"][bucket["steps"][step]]:
             x, y, z = entry["grid"]
-            launch = Launch(self._binaries[entry["binary"]], tuple(entry["args"]), (x, y, z))
+            binary, args = self._binaries[entry["binary"]], tuple(entry["args"])
+            launch = Launch(binary, args, (x, y, z), entry.get("per_sm", 0))
             addresses = [self._at(arg, memory).data_ptr() for arg in launch.args]
             for arg, address, aligned in zip(
                 launch.args, addresses, launch.binary.aligned, strict=True

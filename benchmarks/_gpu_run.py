@@ -151,10 +151,9 @@ class Bench:
             at = _sample(case.size)
             works[0]()
             self.device.wait()
-            read = x[at]
-            if spec.format == "fp8" and case.size > checks.E4M3_ROWS:
-                read = checks.e4m3_inputs(read.float())
-            want = reference.run(spec, {**weights[0], "x": read}, _nowhere(), "cuda")["out"]
+            e4m3 = checks.rounds(rig, spec, case.size)
+            operands = {**weights[0], "x": x[at]}
+            want = reference.run(spec, operands, _nowhere(), "cuda", e4m3)["out"]
             return found | _judged(out[at], want)
 
     def _gemm_peer(self, case: Case) -> Result:
@@ -204,7 +203,8 @@ class Bench:
             )
             works[0]()
             self.device.wait()
-            want = _experts_of(spec, x, chosen["ids"], chosen["weights"], weights)
+            e4m3 = checks.rounds(rig, spec, case.size)
+            want = _experts_of(spec, x, chosen["ids"], chosen["weights"], weights, e4m3)
             got = torch.stack([out[i] for i in _sample(case.size).tolist()])
             chosen_ids = choices[0].topk(spec.top_k, -1).indices
             right = torch.equal(chosen_ids.sort(-1).values, chosen["ids"].long().sort(-1).values)
@@ -418,6 +418,7 @@ def _experts_of(
     ids: TorchTensor,
     weights: TorchTensor,
     matrices: dict[str, TorchTensor],
+    e4m3: bool,
 ) -> TorchTensor:
     """What some of the tokens get, from a mixture of just the experts that each visits."""
     small, found = replace(spec, experts=spec.top_k), []
@@ -429,7 +430,7 @@ def _experts_of(
             "ids": torch.arange(spec.top_k, device=x.device, dtype=torch.int32)[None],
             "weights": weights[token : token + 1],
         }
-        found.append(reference.run(small, operands, _nowhere(), "cuda")["out"][0])
+        found.append(reference.run(small, operands, _nowhere(), "cuda", e4m3)["out"][0])
     return torch.stack(found)
 
 

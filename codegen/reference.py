@@ -44,16 +44,25 @@ Operands = Mapping[str, Tensor]
 Outputs = dict[str, Tensor]
 
 
-def run(spec: KernelSpec, operands: Operands, batch: Batch, device: Device = "cpu") -> Outputs:
+def run(
+    spec: KernelSpec,
+    operands: Operands,
+    batch: Batch,
+    device: Device = "cpu",
+    e4m3: bool = False,
+) -> Outputs:
     """The outputs of one kernel by parameter name; a cache operand is written in place.
 
     Activations are ``[rows, width]``; weights come in the parts that ``spec.params`` names, in the order
-    of ``device``, which also decides how products round their inputs.
+    of ``device``, which also decides how products round their inputs.  With ``e4m3``, those that meet FP8
+    weights are rounded to E4M3, as a GPU does where linear and experts have many rows.
     """
     wide = {
         n: x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         for n, x in operands.items()
     }
+    if e4m3 and isinstance(spec, Linear | Experts):
+        return _RUN[spec.kind](spec, wide, batch, device, e4m3)
     return _RUN[spec.kind](spec, wide, batch, device)
 
 
@@ -187,15 +196,17 @@ def _weight(
     return quant.dequantize(weight, spec, k)
 
 
-def _rounded(x: Tensor, fmt: str, device: Device) -> Tensor:
+def _rounded(x: Tensor, fmt: str, device: Device, e4m3: bool = False) -> Tensor:
+    if e4m3 and fmt == "fp8":
+        return quant.round_e4m3(x)
     if device == "cuda":
         return x if fmt == "fp32" else x.bfloat16().float()
     return quant.round_inputs(x, quant.parse(fmt))
 
 
-def linear(spec: Linear, o: Operands, batch: Batch, device: Device) -> Outputs:
+def linear(spec: Linear, o: Operands, batch: Batch, device: Device, e4m3: bool = False) -> Outputs:
     weight = _weight(o, device, spec.format, spec.n, spec.k, parts=spec.parts)
-    y = _rounded(o["x"], spec.format, device) @ weight.T
+    y = _rounded(o["x"], spec.format, device, e4m3) @ weight.T
     if spec.bias:
         y = y + o["bias"]
     acc = {f"acc{i}": part for i, part in enumerate(y.split(spec.n, -1))}
@@ -311,8 +322,10 @@ def route(spec: Route, o: Operands, batch: Batch, device: Device) -> Outputs:
     return {"ids": ids, "weights": weights}
 
 
-def experts(spec: Experts, o: Operands, batch: Batch, device: Device) -> Outputs:
-    x, ids = _rounded(o["x"], spec.gate_up_format, device), o["ids"].long()
+def experts(
+    spec: Experts, o: Operands, batch: Batch, device: Device, e4m3: bool = False
+) -> Outputs:
+    x, ids = _rounded(o["x"], spec.gate_up_format, device, e4m3), o["ids"].long()
     gate_up = _weight(
         o, device, spec.gate_up_format, spec.inter, spec.hidden, "gate_up_", 2 if spec.gated else 1
     )
@@ -324,7 +337,7 @@ def experts(spec: Experts, o: Operands, batch: Batch, device: Device) -> Outputs
         parts = (parts + o["gate_up_bias"][e] if spec.biased else parts).split(spec.inter, -1)
         acc = {f"acc{i}": part for i, part in enumerate(parts)}
         inner = expr.evaluate(expr.parse(spec.activation), acc)
-        y = _rounded(inner, spec.down_format, device) @ down[e].T
+        y = _rounded(inner, spec.down_format, device, e4m3) @ down[e].T
         y = y + o["down_bias"][e] if spec.biased else y
         out.index_add_(0, token, y * o["weights"][token, choice, None])
     return {"out": out}
@@ -377,7 +390,7 @@ def _shaped(x: Tensor, shape: list[int] | None, dtype: str | None) -> Tensor:
     return x if dtype is None else x.to(getattr(torch, dtype))
 
 
-_RUN: dict[str, Callable[[Any, Operands, Batch, Device], Outputs]] = {
+_RUN: dict[str, Callable[..., Outputs]] = {
     f.__name__: f
     for f in (
         embed,

@@ -284,6 +284,17 @@ def round_inputs(x: Tensor, fmt: Format) -> Tensor:
     return (q * scale).flatten(-2)[..., :k]
 
 
+def round_e4m3(x: Tensor) -> Tensor:
+    """The fp32 numbers ``[..., K]`` that a GPU multiplies FP8 weights with where there are many rows.
+
+    E4M3, one scale per row and 128 of them.
+    """
+    groups = F.pad(x, (0, -x.shape[-1] % FP8_BLOCK)).unflatten(-1, (-1, FP8_BLOCK))
+    scale = groups.abs().amax(-1, keepdim=True) / FP8_MAX
+    q = (groups / _divisor(scale)).to(torch.float8_e4m3fn)
+    return (q.float() * scale).flatten(-2)[..., : x.shape[-1]]
+
+
 def _repeat(x: Tensor, times: int) -> Tensor:
     """Each number of a row ``times`` times, as ``repeat_interleave`` has it, only faster."""
     return x[..., None].expand(*x.shape, times).flatten(-2)

@@ -55,6 +55,7 @@ class CudaDevice:
         self._stream = self._card.create_stream()
         self._torch_stream = torch.cuda.ExternalStream(int(self._stream.handle), device=index)
         self.name = str(torch.cuda.get_device_name(index))
+        self._sms = int(torch.cuda.get_device_properties(index).multi_processor_count)
         major, minor = torch.cuda.get_device_capability(index)
         self.capability = 10 * major + minor
         self.failures: tuple[type[Exception], ...] = (torch.AcceleratorError, cuda_error)
@@ -91,7 +92,9 @@ class CudaDevice:
 
     def launcher(self, kernel: Any, launch: Launch, addresses: Sequence[int]) -> Work:
         config = self._core.LaunchConfig(
-            grid=launch.grid, block=launch.binary.threads, shmem_size=launch.binary.shared
+            grid=launch.blocks(self._sms),
+            block=launch.binary.threads,
+            shmem_size=launch.binary.shared,
         )
         return partial(self._core.launch, self._stream, config, kernel, *addresses)
 

@@ -52,11 +52,20 @@ class Binary:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel on ``grid`` blocks; ``args`` are names of what its parameters point to."""
+    """A kernel on ``grid`` blocks; ``args`` are names of what its parameters point to.
+
+    ``per_sm`` blocks on every multiprocessor are enough for the first dimension, if it is not 0.
+    """
 
     binary: Binary
     args: tuple[str, ...]
     grid: tuple[int, int, int]
+    per_sm: int = 0
+
+    def blocks(self, sms: int) -> tuple[int, int, int]:
+        """The blocks to launch on a card of so many multiprocessors."""
+        x, y, z = self.grid
+        return min(x, self.per_sm * sms) if self.per_sm else x, y, z
 
     def scratch_places(self) -> list[int]:
         """Where the memory of each of the binary's ``scratch`` begins, and last where all of it ends."""
@@ -229,7 +238,8 @@ def _parse(
 
 def _launch(data: Mapping[str, Any], binaries: Mapping[str, Binary]) -> Launch:
     x, y, z = (_natural(blocks, 1) for blocks in data["grid"])
-    launch = Launch(binaries[data["binary"]], tuple(data["args"]), (x, y, z))
+    per_sm = _natural(data.get("per_sm", 0))
+    launch = Launch(binaries[data["binary"]], tuple(data["args"]), (x, y, z), per_sm)
     if any(blocks > most for blocks, most in zip(launch.grid, GRID_MOST, strict=True)):
         raise ValueError(f"a grid of {launch.grid}")
     if len(launch.args) != len(launch.binary.aligned):

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenmill import codegen
+from tokenmill.codegen.triton import experts
 from tokenmill.ir import plan as plans
 from tokenmill.ir.plan import Experts, LatentAttend, Linear, Norm, Pointwise, Route
 from tokenmill.ir.router import RouterSpec
@@ -59,7 +61,12 @@ def test_every_product_is_there():
         for fmt in ("bf16", "fp8", "int4-g128")
         for rows in (1, 16, 64, 512, 4096)
     }
-    assert {(c.what, c.contender, c.size) for c in of("gemm")} == wanted
+    pointed = {
+        (what, f"{ours} pointers", rows)
+        for what, ours, rows in wanted
+        if rows >= 512 and ours in ("ours bf16", "ours fp8")
+    }
+    assert {(c.what, c.contender, c.size) for c in of("gemm")} == wanted | pointed
     peers = {(c.what, c.size) for c in of("gemm", ours=False) if c.contender == "cublas bf16"}
     assert peers == {(what, size) for what, _, size in wanted}
 
@@ -95,7 +102,7 @@ def test_names_are_distinct_and_steps_are_of_their_format():
     for suite in gpu_cases.SUITES.values():
         for case in found:
             if case.suite == suite.name:
-                spec, fmt = suite.specs[case.step], case.contender.removeprefix("ours ")
+                spec, fmt = suite.specs[case.step], case.contender.split()[1]
                 assert case.size in suite.buckets
                 match spec:
                     case Linear():
@@ -186,20 +193,49 @@ def test_a_product_is_timed_and_right(tmp_path, device, fmt, monkeypatch):
     assert figures["flops"] == 2 * 4 * 32 * 128
 
 
+@pytest.mark.parametrize("fmt", ["bf16", "fp8"])
+@pytest.mark.parametrize("pointers", [False, True])
+def test_a_large_product_is_right_read_either_way(tmp_path, device, monkeypatch, fmt, pointers):
+    monkeypatch.setattr(gpu_run, "seconds", once)
+    suite = Suite("tiny", (Linear(200, 144, fmt),), (160,), pointers=pointers)
+    gpu_build.build_suite(tmp_path / "tiny", "sm_90", suite, named)
+    schedule = json.loads((tmp_path / "tiny" / "schedule.json").read_text())
+    launch = schedule["groups"][schedule["buckets"][0]["steps"][0]][-1]
+    (bound,) = (b["constants"] for b in schedule["binaries"] if b["name"] == launch["binary"])
+    assert bound["DESCRIPTORS"] == bound["PERSISTENT"] == (not pointers)
+    assert ("per_sm" in launch) == (not pointers)
+    case = Case("gemm", "200x144", f"ours {fmt}", 160, "tiny", 0)
+    figures = performed(tmp_path, device, [case])[case.name]
+    assert figures["passed"], figures
+
+
 def once(device, works, record=None):
     """Instead of timing."""
     works[0]()
     return 1.0
 
 
-def test_experts_are_right(tmp_path, device, monkeypatch):
+@pytest.mark.parametrize(("count", "fmt", "tokens"), [(8, "bf16", 4), (2, "fp8", 128)])
+def test_experts_are_right(tmp_path, device, monkeypatch, count, fmt, tokens):
+    """FP8 with so many tokens that activations are rounded to E4M3: farther than the bound from bf16."""
     monkeypatch.setattr(gpu_run, "seconds", once)
     monkeypatch.setattr(gpu_run, "ROUTINGS", 2)
-    specs = (Route(8, RouterSpec(2)), Experts(8, 2, 64, 32, "bf16", "bf16"))
-    gpu_build.build_suite(tmp_path / "tiny", "sm_90", Suite("tiny", specs, (4,)), named)
-    case = Case("experts", "tiny", "ours bf16", 4, "tiny", 1)
+    specs = (Route(count, RouterSpec(2)), Experts(count, 2, 64, 32, fmt, fmt))
+    gpu_build.build_suite(tmp_path / "tiny", "sm_90", Suite("tiny", specs, (tokens,)), named)
+    case = Case("experts", "tiny", f"ours {fmt}", tokens, "tiny", 1)
     figures = performed(tmp_path, device, [case])[case.name]
     assert figures["passed"], figures
+    monkeypatch.setattr(gpu_run.checks, "rounds", lambda rig, spec, tokens: fmt == "bf16")
+    figures = performed(tmp_path, device, [case])[case.name]
+    assert figures["passed"] == (fmt == "bf16"), figures
+
+
+def test_a_large_batch_meets_fp8_experts_in_e4m3():
+    target = codegen.parse_target("sm_90")
+    suite = gpu_cases.SUITES["experts"]
+    found = [s for s in suite.specs if s.kind == "experts" and experts.rounds(s, target, 4096)]
+    assert [s.gate_up_format for s in found] == ["fp8"] * len(gpu_cases.MIXTURES)
+    assert not any(experts.rounds(spec, target, 64) for spec in found)
 
 
 @pytest.mark.parametrize("fmt", ["bf16", "int8", "fp8"])

@@ -200,6 +200,7 @@ class Schedule:
             "binary": self.binaries[kernel],
             "grid": launch.grid,
             "args": [places.get(arg, arg) for arg in launch.args],
+            **({"per_sm": launch.per_sm} if launch.per_sm else {}),
         }
 
 

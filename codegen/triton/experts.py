@@ -8,29 +8,36 @@ are the same; products by element would hold as many loads in registers, and dec
 The last program to finish a token's columns sums its choices.
 
 Many tokens: four launches, by expert.  Pairs are sorted by expert into tiles; the two products gather and
-scatter rows by pair; the last launch sums.
+scatter rows by pair; the last launch sums.  With so many pairs that arithmetic takes longer than reading
+weights, FP8 weights meet activations that are rounded to E4M3, 128 numbers to a scale: x once per token,
+beside the sort, and what is between the products where it comes into being.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 from ...ir import quant
 from ...ir.plan import Experts
 from ..text import fill, format_name
 from . import tiles
 from .expr import triton_code
-from .launch import Constant, Group, Launch, Site, ceil_div, dtype_bytes, power_of_2
+from .launch import Constant, Group, Launch, Site, Source, ceil_div, dtype_bytes, power_of_2
+from .linear import ROUND_GROUPS, rounded
+from .target import GpuTarget
 from .tiles import Gemm
 
 FEW = 2  # experts per pair of token and choice, from which on sorting pairs does not pay
 LONE = 8  # rows of the tile that holds one token
+E4M3_PAIRS = 128  # of an expert on average, from which on FP8 weights meet activations in E4M3
 LANE = 16  # rows of scratch are padded to a multiple of it
 SORT = 2048  # pairs that a program of the sort looks at together
 THREADS = 128  # of a program of the sort
 SUM = 1024  # columns that a program of the sum adds up
-Source: TypeAlias = str | tuple[str, str]
+# A parameter that products of E4M3 do not have.
+NO_BLOCK_K = {"block_k": "", "pass_block_k": ""}
+BLOCK_K = {"block_k": ", BLOCK_K: tl.constexpr", "pass_block_k": ", BLOCK_K"}
 
 
 def symbol(spec: Experts) -> str:
@@ -43,43 +50,78 @@ def symbol(spec: Experts) -> str:
 def emit(spec: Experts, name: str) -> str:
     up, down = _matrix(spec, "gate_up"), _matrix(spec, "down")
     residual = "residual[t] + " if spec.residual else ""
-    return fill(
-        TEMPLATE,
-        symbol=name,
-        residual_term=residual,
-        activation=spec.activation,
-        value=triton_code(spec.activation),
-        experts=spec.experts,
-        experts_block=power_of_2(spec.experts),
-        top_k=spec.top_k,
-        hidden=spec.hidden,
-        inter=spec.inter,
-        inner_pitch=_padded(spec.inter),
-        y_pitch=_padded(spec.hidden),
-        parts=up.parts,
-        lone=LONE,
-        accs="acc0, acc1" if spec.gated else "acc0",
-        product="product_pair" if spec.gated else "product",
-        up_offset=up.offset,
-        up_format=up.arguments,
-        up_pointers=", ".join((*up.pointers, *["gate_up_bias_ptr"] * spec.biased)),
-        up_pair=", ".join((*(up.pointers * 2)[:2], *["gate_up_bias_ptr"] * spec.biased)),
-        down_offset=down.offset,
-        down_format=down.arguments,
-        down_pointers=", ".join((*down.pointers, *["down_bias_ptr"] * spec.biased)),
-        down_pair=", ".join((*(down.pointers * 2)[:2], *["down_bias_ptr"] * spec.biased)),
-        bias_pointer="bias_ptr, " * spec.biased,
-        up_bias="\n".join(fill(UP_BIAS, part=p, parts=up.parts) for p in range(up.parts))
+    names = {
+        "symbol": name,
+        "residual_term": residual,
+        "activation": spec.activation,
+        "value": triton_code(spec.activation),
+        "experts": spec.experts,
+        "experts_block": power_of_2(spec.experts),
+        "top_k": spec.top_k,
+        "hidden": spec.hidden,
+        "inter": spec.inter,
+        "y_pitch": _padded(spec.hidden),
+        "parts": up.parts,
+        "lone": LONE,
+        "accs": "acc0, acc1" if spec.gated else "acc0",
+        "up_offset": up.offset,
+        "up_pointers": ", ".join((*up.pointers, *["gate_up_bias_ptr"] * spec.biased)),
+        "up_pair": ", ".join((*(up.pointers * 2)[:2], *["gate_up_bias_ptr"] * spec.biased)),
+        "down_offset": down.offset,
+        "down_pointers": ", ".join((*down.pointers, *["down_bias_ptr"] * spec.biased)),
+        "down_pair": ", ".join((*(down.pointers * 2)[:2], *["down_bias_ptr"] * spec.biased)),
+        "bias_pointer": "bias_ptr, " * spec.biased,
+        "up_bias": "\n".join(fill(UP_BIAS, part=p, parts=up.parts) for p in range(up.parts))
         if spec.biased
         else "",
-        down_bias=DOWN_BIAS if spec.biased else "",
-        residual_pointer="residual_ptr, " * spec.residual,
-        residual_pitch="RESIDUAL_PITCH, " * spec.residual,
-        residual_constant="RESIDUAL_PITCH: tl.constexpr, " * spec.residual,
-        start="tl.load(residual_ptr + token * RESIDUAL_PITCH + cols, inside, 0.0).to(tl.float32)"
+        "down_bias": DOWN_BIAS if spec.biased else "",
+        "residual_pointer": "residual_ptr, " * spec.residual,
+        "residual_pitch": "RESIDUAL_PITCH, " * spec.residual,
+        "residual_constant": "RESIDUAL_PITCH: tl.constexpr, " * spec.residual,
+        "start": "tl.load(residual_ptr + token * RESIDUAL_PITCH + cols, inside, 0.0).to(tl.float32)"
         if spec.residual
         else "tl.zeros(cols.shape, tl.float32)",
-    )
+    }
+    texts = [fill(TEMPLATE, **names)]
+    for variant in ("", "_e4m3") if up.fp8 or down.fp8 else ("",):
+        x, inner = (bool(variant) and matrix.fp8 for matrix in (up, down))
+        form = _up_form(up, x) | _inner_form(spec, inner)
+        texts.append(fill(UP, variant=variant, **names, **form))
+        if inner or not variant:
+            form = _down_form(down, inner) | _inner_form(spec, inner)
+            texts.append(fill(DOWN, variant=variant, **names, **form))
+        if x:
+            texts.append(fill(SORT_E4M3, **names))
+    return "\n\n".join(texts)
+
+
+def _up_form(up: Matrix, e4m3: bool) -> dict[str, str]:
+    """What differs if x comes as ``round_e4m3`` leaves it."""
+    product = "product_pair" if up.parts == 2 else "product"
+    if e4m3:
+        return {
+            "x": "x_ptr, x_scale_ptr", "x_sizes": "", "x_pass": "", **NO_BLOCK_K,
+            "product": f"{product}_e4m3", "form": "INTER, HIDDEN, BLOCK_N",
+        }  # fmt: skip
+    return {
+        "x": "x_ptr", "x_sizes": "X_PITCH: tl.constexpr, ", "x_pass": "X_PITCH, ", **BLOCK_K,
+        "product": product, "form": f"X_PITCH, INTER, HIDDEN, {up.arguments}, BLOCK_N, BLOCK_K",
+    }  # fmt: skip
+
+
+def _down_form(down: Matrix, e4m3: bool) -> dict[str, str]:
+    """What differs if ``store_e4m3`` left what is between the products."""
+    if e4m3:
+        return {"product": "product_e4m3", "form": "HIDDEN, INTER, BLOCK_N", **NO_BLOCK_K}
+    form = f"INNER_PITCH, HIDDEN, INTER, {down.arguments}, BLOCK_N, BLOCK_K"
+    return {"product": "product", "form": form, **BLOCK_K}
+
+
+def _inner_form(spec: Experts, e4m3: bool) -> dict[str, str]:
+    if e4m3:
+        return {"inner": "inner_ptr, inner_scale_ptr", "inner_pitch": "", "store": STORE_E4M3}
+    pitch = f"INNER_PITCH: tl.constexpr = {_padded(spec.inter)}"
+    return {"inner": "inner_ptr", "inner_pitch": pitch, "store": STORE}
 
 
 @dataclass(frozen=True)
@@ -99,6 +141,10 @@ class Matrix:
     @property
     def pointers(self) -> tuple[str, ...]:
         return tuple(f"{param}_ptr" for param in self.params)
+
+    @property
+    def fp8(self) -> bool:
+        return self.format.name == "fp8"
 
     @property
     def arguments(self) -> str:
@@ -173,53 +219,101 @@ def _few(site: Site, spec: Experts) -> Group:
     )
 
 
+def rounds(spec: Experts, target: GpuTarget, tokens: int) -> bool:
+    """Whether FP8 weights meet activations in E4M3, where there may be so many ``tokens``."""
+    fp8 = target.fp8 and "fp8" in (spec.gate_up_format, spec.down_format)
+    return fp8 and tokens * spec.top_k >= E4M3_PAIRS * spec.experts
+
+
 def _many(site: Site, spec: Experts) -> Group:
     up, down = _matrix(spec, "gate_up"), _matrix(spec, "down")
+    e4m3 = rounds(spec, site.target, site.rows)
+    x_e4m3, inner_e4m3 = e4m3 and up.fp8, e4m3 and down.fp8
     inner, y = _scratch_types(site, spec)
     order, found = ("scratch.order", "*i32"), ("scratch.tiles", "*i32")
     pairs = site.rows * spec.top_k
+    scratch = _scratch(site, spec)
+    xs: list[Source] = ["x"]
+    inners: list[Source] = [inner]
+    if x_e4m3:
+        xs, sizes = rounded("x", site.rows, spec.hidden)
+        scratch |= sizes
+    if inner_e4m3:
+        inners, sizes = rounded("inner", pairs, spec.inter)
+        scratch |= sizes
     rows = min(_pairs_of_tile(site, up), _pairs_of_tile(site, down))
-    up_tile = _sorted(site, up, "_sorted_up", rows, _bytes(site, "x"))
-    down_tile = _sorted(site, down, "_sorted_down", rows, _bytes(site, inner))
+    x_bytes, inner_bytes = _bytes(site, "x"), _bytes(site, inner)
+    # A scale of what is between the products is that of 128 columns, which one program computes.
+    columns = quant.FP8_BLOCK if inner_e4m3 else 1
+    up_name = "_sorted_up" + "_e4m3" * (x_e4m3 or inner_e4m3)
+    down_name = "_sorted_down" + "_e4m3" * inner_e4m3
+    up_tile = _sorted(site, up, up_name, rows, x_bytes, x_e4m3, columns)
+    down_tile = _sorted(site, down, down_name, rows, inner_bytes, inner_e4m3)
     down_tile = replace(down_tile, block_m=up_tile.block_m)
     # Every expert may leave its last tile unfinished.
     most = (pairs + min(spec.experts, pairs) * (up_tile.block_m - 1)) // up_tile.block_m
 
-    def product(name: str, tile: Gemm, matrix: Matrix, x: Source, out: Source) -> Launch:
+    def product(
+        name: str,
+        tile: Gemm,
+        matrix: Matrix,
+        sources: Sequence[Source],
+        out: Sequence[Source],
+        constants: Mapping[str, Constant],
+    ) -> Launch:
         band = min(tile.group_m, most)
-        pitches = {} if x == inner else site.pitches("x")
         return site.launch(
             site.symbol + name,
             (band, ceil_div(matrix.n, tile.block_n), ceil_div(most, band)),
-            [x, order, found, *_weights(site, matrix), out],
-            pitches | {"BLOCK_M": tile.block_m} | _constants(tile),
+            [*sources, order, found, *_weights(site, matrix), *out],
+            {**constants, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
             tile.warps,
             tile.stages,
         )
 
-    # No thread of the sort stands twice for a pair.
-    block = min(SORT, max(THREADS, power_of_2(pairs)))
-    columns = min(SUM, power_of_2(spec.hidden))
-    summed = _summed(spec)
     return Group(
         (
-            site.launch(
-                f"{site.symbol}_sort",
-                (spec.experts,),
-                ["ids", order, found, site.count],
-                site.pitches("ids") | {"BLOCK_M": up_tile.block_m, "BLOCK": block},
-                warps=THREADS // 32,
+            _sort(site, spec, up_tile.block_m, x_e4m3),
+            product(
+                up_name, up_tile, up, xs, inners,
+                {} if x_e4m3 else site.pitches("x") | {"BLOCK_K": up_tile.block_k},
             ),
-            product("_sorted_up", up_tile, up, "x", inner),
-            product("_sorted_down", down_tile, down, inner, y),
-            site.launch(
-                f"{site.symbol}_sum",
-                (site.rows, ceil_div(spec.hidden, columns)),
-                [y, *summed, site.count],
-                site.pitches(*summed) | {"BLOCK_N": columns},
+            product(
+                down_name, down_tile, down, inners, [y],
+                {} if inner_e4m3 else {"BLOCK_K": down_tile.block_k},
             ),
+            _sum(site, spec, y),
         ),
-        _scratch(site, spec) | {"order": 4 * pairs, "tiles": 4 * (1 + 3 * most)},
+        scratch | {"order": 4 * pairs, "tiles": 4 * (1 + 3 * most)},
+    )  # fmt: skip
+
+
+def _sort(site: Site, spec: Experts, block_m: int, e4m3: bool) -> Launch:
+    """A program per expert; and, if x is rounded to E4M3, others that do that."""
+    # No thread of the sort stands twice for a pair.
+    block = min(SORT, max(THREADS, power_of_2(site.rows * spec.top_k)))
+    args: list[Source] = ["ids", ("scratch.order", "*i32"), ("scratch.tiles", "*i32"), site.count]
+    constants = site.pitches("ids") | {"BLOCK_M": block_m, "BLOCK": block}
+    programs, function = spec.experts, f"{site.symbol}_sort"
+    if e4m3:
+        xs, _ = rounded("x", site.rows, spec.hidden)
+        groups = ceil_div(spec.hidden, quant.FP8_BLOCK)
+        together = min(ROUND_GROUPS, power_of_2(groups))
+        args = ["x", *xs, *args]
+        constants |= site.pitches("x") | {"GROUPS": together}
+        programs += site.rows * ceil_div(groups, together)
+        function += "_e4m3"
+    return site.launch(function, (programs,), args, constants, warps=THREADS // 32)
+
+
+def _sum(site: Site, spec: Experts, y: Source) -> Launch:
+    columns = min(SUM, power_of_2(spec.hidden))
+    summed = _summed(spec)
+    return site.launch(
+        f"{site.symbol}_sum",
+        (site.rows, ceil_div(spec.hidden, columns)),
+        [y, *summed, site.count],
+        site.pitches(*summed) | {"BLOCK_N": columns},
     )
 
 
@@ -288,7 +382,15 @@ def _pairs_of_tile(site: Site, matrix: Matrix) -> int:
     return max(16, min(most, power_of_2(2 * site.rows * spec.top_k // spec.experts)))
 
 
-def _sorted(site: Site, matrix: Matrix, name: str, rows: int, x_bytes: int) -> Gemm:
+def _sorted(
+    site: Site,
+    matrix: Matrix,
+    name: str,
+    rows: int,
+    x_bytes: int,
+    e4m3: bool,
+    columns: int = 1,
+) -> Gemm:
     spec = site.spec
     assert isinstance(spec, Experts)
     problem = tiles.Problem(
@@ -299,11 +401,13 @@ def _sorted(site: Site, matrix: Matrix, name: str, rows: int, x_bytes: int) -> G
         parts=matrix.parts,
         batch=min(spec.experts, site.rows * spec.top_k),
         x_bytes=x_bytes,
+        e4m3=e4m3,
         splittable=False,
+        columns=columns,
     )
     tile = tiles.gemm(site.target, site.symbol + name, problem)
     sums = tile.block_m * tile.block_n * matrix.parts
-    if matrix.format.name == "bf16" or tile.warps == 8 or sums <= 64 * 64:
+    if matrix.format.name == "bf16" or e4m3 or tile.warps == 8 or sums <= 64 * 64:
         return tile
     # Decoded weights want registers beside those of the sums.
     if site.target.capability in (90, 100):  # whose tensor cores take 64 rows of weights at once
@@ -326,6 +430,7 @@ TEMPLATE = '''
 # A pair t * $top_k + j of token and choice is a row of inner and y.  Few tokens: a program per pair
 # (${symbol}, _finish).
 # Many: a program per tile of pairs that chose one expert (_sort, _sorted_up, _sorted_down, _sum).
+# Those whose names end in _e4m3 have activations in E4M3.
 
 
 @triton.jit
@@ -421,38 +526,6 @@ def ${symbol}_sort(
 
 
 @triton.jit
-def ${symbol}_sorted_up(
-    x_ptr, order_ptr, tiles_ptr, $up_pointers, inner_ptr,
-    X_PITCH: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):
-    """inner of a tile of pairs, a block of columns."""
-    tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
-    if tile >= tl.load(tiles_ptr):
-        return
-    expert, pairs, inside = ${symbol}_tile(order_ptr, tiles_ptr, tile, BLOCK_M)
-    ${symbol}_up(
-        x_ptr, $up_pair, inner_ptr, expert, pairs, inside,
-        X_PITCH, BLOCK_N, BLOCK_K,
-    )
-
-
-@triton.jit
-def ${symbol}_sorted_down(
-    inner_ptr, order_ptr, tiles_ptr, $down_pointers, y_ptr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):
-    """y of a tile of pairs, a block of columns."""
-    tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
-    if tile >= tl.load(tiles_ptr):
-        return
-    expert, pairs, inside = ${symbol}_tile(order_ptr, tiles_ptr, tile, BLOCK_M)
-    ${symbol}_down(
-        inner_ptr, $down_pair, y_ptr, expert, pairs, inside, BLOCK_N, BLOCK_K
-    )
-
-
-@triton.jit
 def ${symbol}_sum(
     y_ptr, weights_ptr, ${residual_pointer}out_ptr, count_ptr,
     WEIGHTS_PITCH: tl.constexpr, ${residual_constant}OUT_PITCH: tl.constexpr,
@@ -487,50 +560,6 @@ def ${symbol}_tile(order_ptr, tiles_ptr, tile, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def ${symbol}_up(
-    x_ptr, w_ptr, scale_ptr, ${bias_pointer}inner_ptr, expert, pairs, inside,
-    X_PITCH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):
-    """inner[pairs] of one expert, a block of columns."""
-    TOP_K: tl.constexpr = $top_k
-    HIDDEN: tl.constexpr = $hidden
-    INTER: tl.constexpr = $inter
-    INNER_PITCH: tl.constexpr = $inner_pitch
-    $up_offset
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    $accs = $product(
-        x_ptr, (pairs // TOP_K).to(tl.int64), inside, w_ptr, scale_ptr, cols, 0, HIDDEN,
-        X_PITCH, INTER, HIDDEN, $up_format, BLOCK_K,
-    )
-    $up_bias
-    value = $value
-    at = inner_ptr + pairs.to(tl.int64)[:, None] * INNER_PITCH + cols[None, :]
-    tl.store(at, to(value, inner_ptr), inside[:, None] & (cols < INTER)[None, :])
-
-
-@triton.jit
-def ${symbol}_down(
-    inner_ptr, w_ptr, scale_ptr, ${bias_pointer}y_ptr, expert, pairs, inside,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):
-    """y[pairs] of one expert, a block of columns."""
-    HIDDEN: tl.constexpr = $hidden
-    INTER: tl.constexpr = $inter
-    INNER_PITCH: tl.constexpr = $inner_pitch
-    Y_PITCH: tl.constexpr = $y_pitch
-    $down_offset
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    pairs = pairs.to(tl.int64)
-    acc0 = product(
-        inner_ptr, pairs, inside, w_ptr, scale_ptr, cols, 0, INTER,
-        INNER_PITCH, HIDDEN, INTER, $down_format, BLOCK_K,
-    )
-    $down_bias
-    at = y_ptr + pairs[:, None] * Y_PITCH + cols[None, :]
-    tl.store(at, to(acc0, y_ptr), inside[:, None] & (cols < HIDDEN)[None, :])
-
-
-@triton.jit
 def ${symbol}_out(
     y_ptr, weights_ptr, ${residual_pointer}out_ptr, token, cols,
     WEIGHTS_PITCH: tl.constexpr, ${residual_constant}OUT_PITCH: tl.constexpr,
@@ -546,4 +575,105 @@ def ${symbol}_out(
         at = y_ptr + (token * TOP_K + choice) * Y_PITCH + cols
         total += weight * tl.load(at, inside, 0.0, cache_modifier=".cg").to(tl.float32)
     tl.store(out_ptr + token * OUT_PITCH + cols, to(total, out_ptr), inside)
+'''
+UP = '''
+@triton.jit
+def ${symbol}_sorted_up$variant(
+    $x, order_ptr, tiles_ptr, $up_pointers, $inner,
+    ${x_sizes}BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr$block_k,
+):
+    """inner of a tile of pairs, a block of columns."""
+    tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    if tile >= tl.load(tiles_ptr):
+        return
+    expert, pairs, inside = ${symbol}_tile(order_ptr, tiles_ptr, tile, BLOCK_M)
+    ${symbol}_up$variant(
+        $x, $up_pair, $inner, expert, pairs, inside,
+        ${x_pass}BLOCK_N$pass_block_k,
+    )
+
+
+@triton.jit
+def ${symbol}_up$variant(
+    $x, w_ptr, scale_ptr, ${bias_pointer}$inner, expert, pairs, inside,
+    ${x_sizes}BLOCK_N: tl.constexpr$block_k,
+):
+    """inner[pairs] of one expert, a block of columns."""
+    TOP_K: tl.constexpr = $top_k
+    HIDDEN: tl.constexpr = $hidden
+    INTER: tl.constexpr = $inter
+    $inner_pitch
+    $up_offset
+    col = tl.program_id(1) * BLOCK_N
+    cols = col + tl.arange(0, BLOCK_N)
+    $accs = $product(
+        $x, (pairs // TOP_K).to(tl.int64), inside, w_ptr, scale_ptr, col, 0, HIDDEN,
+        $form,
+    )
+    $up_bias
+    value = $value
+    $store
+'''
+STORE = """\
+at = inner_ptr + pairs.to(tl.int64)[:, None] * INNER_PITCH + cols[None, :]
+tl.store(at, to(value, inner_ptr), inside[:, None] & (cols < INTER)[None, :])
+"""
+STORE_E4M3 = """\
+store_e4m3(value, pairs.to(tl.int64), inside, col, inner_ptr, inner_scale_ptr, INTER)
+"""
+DOWN = '''
+@triton.jit
+def ${symbol}_sorted_down$variant(
+    $inner, order_ptr, tiles_ptr, $down_pointers, y_ptr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr$block_k,
+):
+    """y of a tile of pairs, a block of columns."""
+    tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    if tile >= tl.load(tiles_ptr):
+        return
+    expert, pairs, inside = ${symbol}_tile(order_ptr, tiles_ptr, tile, BLOCK_M)
+    ${symbol}_down$variant(
+        $inner, $down_pair, y_ptr, expert, pairs, inside, BLOCK_N$pass_block_k
+    )
+
+
+@triton.jit
+def ${symbol}_down$variant(
+    $inner, w_ptr, scale_ptr, ${bias_pointer}y_ptr, expert, pairs, inside,
+    BLOCK_N: tl.constexpr$block_k,
+):
+    """y[pairs] of one expert, a block of columns."""
+    HIDDEN: tl.constexpr = $hidden
+    INTER: tl.constexpr = $inter
+    $inner_pitch
+    Y_PITCH: tl.constexpr = $y_pitch
+    $down_offset
+    col = tl.program_id(1) * BLOCK_N
+    cols = col + tl.arange(0, BLOCK_N)
+    pairs = pairs.to(tl.int64)
+    acc0 = $product(
+        $inner, pairs, inside, w_ptr, scale_ptr, col, 0, INTER,
+        $form,
+    )
+    $down_bias
+    at = y_ptr + pairs[:, None] * Y_PITCH + cols[None, :]
+    tl.store(at, to(acc0, y_ptr), inside[:, None] & (cols < HIDDEN)[None, :])
+'''
+SORT_E4M3 = '''
+@triton.jit
+def ${symbol}_sort_e4m3(
+    x_ptr, rounded_ptr, x_scale_ptr, ids_ptr, order_ptr, tiles_ptr, count_ptr,
+    IDS_PITCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
+    X_PITCH: tl.constexpr, GROUPS: tl.constexpr,
+):
+    """As _sort; programs beyond the experts round x to E4M3, GROUPS times 128 inputs of a token each."""
+    HIDDEN: tl.constexpr = $hidden
+    PARTS: tl.constexpr = (HIDDEN + 128 * GROUPS - 1) // (128 * GROUPS)
+    part = tl.program_id(0) - $experts
+    if part < 0:
+        ${symbol}_sort(ids_ptr, order_ptr, tiles_ptr, count_ptr, IDS_PITCH, BLOCK_M, BLOCK)
+    elif part // PARTS < tl.load(count_ptr):
+        groups = part % PARTS * GROUPS + tl.arange(0, GROUPS)
+        token = (part // PARTS).to(tl.int64)
+        round_e4m3(x_ptr, token, groups, rounded_ptr, x_scale_ptr, X_PITCH, HIDDEN)
 '''

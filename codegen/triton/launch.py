@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from ...ir.plan import DTYPE_BYTES, KernelSpec, Rows
 from .target import GpuTarget
@@ -27,6 +28,8 @@ TYPES = {
     "i32": "i32",
 }
 Constant = int | float | bool
+# An operand, an input or a count by its name; or that and the type of what its bytes are, for scratch.
+Source: TypeAlias = str | tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,14 @@ class Launch:
 
     A parameter of the spec by its name; ``ids``, ``positions``, ``rows``, ``starts``, ``block_table``;
     ``count.tokens``, ``count.rows``, ``count.sequences``, ``count.fixed``; or ``scratch.NAME``.
+    ``per_sm`` programs on every multiprocessor are enough in the first dimension of the grid; if it is not
+    0, they go on until all is done.
     """
 
     kernel: Kernel
     args: tuple[str, ...]
     grid: tuple[int, int, int]
+    per_sm: int = 0
 
 
 @dataclass(frozen=True)
@@ -135,10 +141,11 @@ class Site:
         self,
         function: str,
         grid: Sequence[int],
-        args: Sequence[str | tuple[str, str]],
+        args: Sequence[Source],
         constants: Mapping[str, Constant],
         warps: int = 4,
         stages: int = 2,
+        per_sm: int = 0,
     ) -> Launch:
         """Launch ``function`` of this kind's file.
 
@@ -160,7 +167,7 @@ class Site:
             stages=stages,
         )
         padded = (*grid, 1, 1, 1)
-        return Launch(kernel, tuple(sources), (padded[0], padded[1], padded[2]))
+        return Launch(kernel, tuple(sources), (padded[0], padded[1], padded[2]), per_sm)
 
     def _type(self, source: str) -> str:
         return self.views[source].type if source in self.views else "*i32"

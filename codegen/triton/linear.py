@@ -9,11 +9,11 @@ from ...ir.plan import Linear
 from ..text import fill, format_name
 from . import tiles
 from .expr import triton_code
-from .launch import Group, Launch, Site, ceil_div, dtype_bytes, power_of_2
+from .launch import Group, Launch, Site, Source, ceil_div, dtype_bytes, power_of_2
+from .target import GpuTarget
 
 E4M3_ROWS = 128  # beyond so many rows, FP8 weights meet activations that are rounded to E4M3
 ROUND_GROUPS = 8  # groups of 128 inputs that one program rounds
-ROUNDED = (("scratch.x", "*fp8e4nv"), ("scratch.x_scale", "*fp32"))
 
 
 def symbol(spec: Linear) -> str:
@@ -36,8 +36,6 @@ def emit(spec: Linear, name: str) -> str:
         "k": spec.k,
         "rows": spec.parts * spec.n,
         "size": f"{spec.parts} * BLOCK_M * BLOCK_N" if spec.parts > 1 else "BLOCK_M * BLOCK_N",
-        "weight": "".join(f"{part}_ptr, " for part in fmt.parts),
-        "matrix": ", ".join(f"{part}_ptr" for part in (fmt.parts * 2)[:2]),
         "operands": "".join(f"{p}_ptr, " for p in (*channels, *rows)),
         "pitches": "".join(f"{p.upper()}_PITCH: tl.constexpr, " for p in rows),
         "pass_pitches": "".join(f"{p.upper()}_PITCH, " for p in rows),
@@ -50,24 +48,56 @@ def emit(spec: Linear, name: str) -> str:
     }
     whole = {
         "variant": "",
-        "x": "x_ptr",
         "x_sizes": "X_PITCH: tl.constexpr, BLOCK_K: tl.constexpr, ",
+        "pass_sizes": "X_PITCH, BLOCK_K, ",
         "product": product,
-        "form": f'X_PITCH, N, K, "{fmt.name.partition("-")[0]}", {fmt.group}, BLOCK_K',
+        "form": f'X_PITCH, N, K, "{fmt.name.partition("-")[0]}", {fmt.group}, BLOCK_N, BLOCK_K',
         "inputs": f"x [rows, {spec.k}]",
+        **_operands_of(spec, tiled=spec.format == "bf16"),
+        "width": spec.k,
+        "pitch": "X_PITCH",
+        "block_k": "BLOCK_K",
     }
+    padded = ceil_div(spec.k, quant.FP8_BLOCK) * quant.FP8_BLOCK
     rounded = {
         "variant": "_e4m3",
-        "x": "x_ptr, x_scale_ptr",
         "x_sizes": "",
+        "pass_sizes": "",
         "product": f"{product}_e4m3",
-        "form": "N, K",
+        "form": "N, K, BLOCK_N",
         "inputs": f"x [rows, {spec.k}] as {name}_round leaves it",
+        **_operands_of(spec, tiled=True, x_scale="x_scale_ptr, "),
+        "width": padded,
+        "pitch": padded,
+        "block_k": quant.FP8_BLOCK,
     }
-    texts = [fill(PRODUCT, **names, **whole)]
+    texts = [_product_text(names | whole)]
     if spec.format == "fp8":
-        texts += [fill(ROUND, **names), fill(PRODUCT, **names, **rounded)]
+        texts += [fill(ROUND, **names), _product_text(names | rounded)]
     return "\n\n".join([*texts, fill(STORE, **names)])
+
+
+def _operands_of(spec: Linear, *, tiled: bool, x_scale: str = "") -> dict[str, object]:
+    """What a kernel calls x and the weight, and a tile of it, which may get descriptors if ``tiled``."""
+    values, *scale = quant.parse(spec.format).parts
+    scales = "".join(f"{name}_ptr, " for name in scale)
+    return {
+        "x": f"x_ptr, {x_scale}",
+        "weight": f"{values}_ptr, {scales}",
+        "values": f"{values}_ptr",
+        "tile_x": f"x, {x_scale}",
+        "tile_weight": f"w, {scales}",
+        "matrix": f"w, {scales or 'w, '}",
+        "first": "m * BLOCK_M if DESCRIPTORS else rows" if tiled else "rows",
+        "tiled": "DESCRIPTORS: tl.constexpr," * tiled,
+        "pass_tiled": " DESCRIPTORS," * tiled,
+        "pass_operands": f"x, {x_scale}w, {scales}" if tiled else f"x_ptr, {values}_ptr, {scales}",
+    }
+
+
+def _product_text(names: Mapping[str, object]) -> str:
+    descriptors = fill(DESCRIPTORS, **names) if names["tiled"] else ""
+    return fill(PRODUCT, **names, descriptors=descriptors, tile=fill(TILE, **names))
 
 
 def _sum(spec: Linear, part: int) -> str:
@@ -98,13 +128,19 @@ def _extras(spec: Linear) -> list[str]:
     return [loads[kind].format(i=i) for i, kind in enumerate(spec.extras)]
 
 
+def rounds(spec: Linear, target: GpuTarget, rows: int) -> bool:
+    """Whether weights meet activations in E4M3, where there may be so many ``rows``."""
+    return spec.format == "fp8" and target.fp8 and rows > E4M3_ROWS
+
+
 def launches(site: Site) -> Group:
     spec = site.spec
     assert isinstance(spec, Linear)
-    e4m3 = spec.format == "fp8" and site.target.fp8 and site.rows > E4M3_ROWS
+    e4m3 = rounds(spec, site.target, site.rows)
     x_bytes = dtype_bytes(site.views["x"].dtype)
+    fmt, tiled = quant.parse(spec.format), _tiled(site, spec, e4m3)
     problem = tiles.Problem(
-        site.rows, spec.n, spec.k, quant.parse(spec.format), spec.parts, x_bytes=x_bytes, e4m3=e4m3
+        site.rows, spec.n, spec.k, fmt, spec.parts, x_bytes=x_bytes, e4m3=e4m3, tiled=tiled
     )
     tile = tiles.gemm(site.target, site.symbol, problem)
     count = tile.tiles(site.rows, spec.n) if tile.splits > 1 else 0
@@ -113,20 +149,39 @@ def launches(site: Site) -> Group:
         "done_zero": 4 * count,
     }
     if e4m3:
-        groups = ceil_div(spec.k, quant.FP8_BLOCK)
-        scratch["x"] = site.rows * groups * quant.FP8_BLOCK
-        scratch["x_scale"] = 4 * ceil_div(site.rows, 128) * 128 * groups
-        steps = (_round(site, groups), _product(site, spec, tile, "_e4m3", ROUNDED, {}))
-        return Group(steps, scratch)
+        x, sizes = rounded("x", site.rows, spec.k)
+        steps = (_round(site, x), _product(site, spec, tile, "_e4m3", x, {}))
+        return Group(steps, scratch | sizes)
     constants = site.pitches("x") | {"BLOCK_K": tile.block_k}
     return Group((_product(site, spec, tile, "", ["x"], constants),), scratch)
 
 
-def _round(site: Site, groups: int) -> Launch:
+def _tiled(site: Site, spec: Linear, e4m3: bool) -> bool:
+    """Whether tensor descriptors may say where x and the weight are: rows begin at multiples of 16 bytes."""
+    if e4m3:
+        return spec.k % 16 == 0
+    x = site.views["x"]
+    return spec.format == x.dtype == "bf16" and x.aligned and spec.k % 8 == 0
+
+
+def rounded(name: str, rows: int, k: int) -> tuple[list[Source], dict[str, int]]:
+    """Where ``round_e4m3`` leaves a matrix [rows, k], and the scratch that it takes."""
+    groups = ceil_div(k, quant.FP8_BLOCK)
+    values, scale = f"scratch.{name}", f"scratch.{name}_scale"
+    sizes = {
+        name: rows * groups * quant.FP8_BLOCK,
+        f"{name}_scale": 4 * ceil_div(rows, 128) * 128 * groups,
+    }
+    return [(values, "*fp8e4nv"), (scale, "*fp32")], sizes
+
+
+def _round(site: Site, x: Sequence[Source]) -> Launch:
+    assert isinstance(site.spec, Linear)
+    groups = ceil_div(site.spec.k, quant.FP8_BLOCK)
     block = min(ROUND_GROUPS, power_of_2(groups))
     grid = (site.rows, ceil_div(groups, block))
     constants = site.pitches("x") | {"BLOCK": block}
-    return site.launch(f"{site.symbol}_round", grid, ["x", *ROUNDED, site.count], constants)
+    return site.launch(f"{site.symbol}_round", grid, ["x", *x, site.count], constants)
 
 
 def _product(
@@ -134,7 +189,7 @@ def _product(
     spec: Linear,
     tile: tiles.Gemm,
     variant: str,
-    x: Sequence[str | tuple[str, str]],
+    x: Sequence[Source],
     constants: Mapping[str, int],
 ) -> Launch:
     channels, rows = _operands(spec)
@@ -149,12 +204,24 @@ def _product(
         "GROUP_M": tile.group_m,
         "SPLITS": tile.splits,
         "SPAN": tile.span(spec.k),
+        "PERSISTENT": tile.persistent > 0,
+        "FLATTEN": tile.flatten,
     }
-    constants = {**constants, **site.pitches(*rows, "out"), **sizes}
-    return site.launch(site.symbol + variant, grid, args, constants, tile.warps, tile.stages)
+    if variant or spec.format == "bf16":
+        sizes["DESCRIPTORS"] = tile.descriptors
+    assert tile.splits == 1 or not tile.persistent, "programs that share a tile run once"
+    return site.launch(
+        site.symbol + variant,
+        grid,
+        args,
+        {**constants, **site.pitches(*rows, "out"), **sizes},
+        tile.warps,
+        tile.stages,
+        tile.persistent,
+    )
 
 
-def _weight(site: Site, spec: Linear) -> list[str | tuple[str, str]]:
+def _weight(site: Site, spec: Linear) -> list[Source]:
     """Where the architecture does not know E4M3, its bits."""
     bits = spec.format == "fp8" and not site.target.fp8
     return [
@@ -165,31 +232,56 @@ def _weight(site: Site, spec: Linear) -> list[str | tuple[str, str]]:
 PRODUCT = '''
 @triton.jit
 def $symbol$variant(
-    $x, ${weight}${operands}partial_ptr, done_ptr, out_ptr, count_ptr,
+    ${x}${weight}${operands}partial_ptr, done_ptr, out_ptr, count_ptr,
     ${x_sizes}${pitches}OUT_PITCH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
     SPLITS: tl.constexpr, SPAN: tl.constexpr,
+    PERSISTENT: tl.constexpr, FLATTEN: tl.constexpr,
+    $tiled
 ):
     """$equation
 
     $sums
     $inputs, w [$rows, $k].
-    One tile of BLOCK_M rows and BLOCK_N columns per program, or per SPLITS programs, SPAN inputs each.
+    One tile of BLOCK_M rows and BLOCK_N columns per program, or per SPLITS programs, SPAN inputs each; if
+    PERSISTENT, one after the other in every program, the next loaded while the last is stored if FLATTEN.
     """
+    count = tl.load(count_ptr)
+    tiles = tl.cdiv(count, BLOCK_M) * tl.cdiv($n, BLOCK_N)
+    tile = tl.program_id(0)
+    if tile >= tiles:
+        return
+    $descriptors
+    if PERSISTENT:
+        for tile in tl.range(tile, tiles, tl.num_programs(0), flatten=FLATTEN):
+            ${symbol}_tile$variant(
+                $tile
+            )
+    else:
+        ${symbol}_tile$variant(
+            $tile
+        )
+
+
+@triton.jit
+def ${symbol}_tile$variant(
+    ${tile_x}${tile_weight}${operands}partial_ptr, done_ptr, out_ptr, tile, count,
+    ${x_sizes}${pitches}OUT_PITCH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
+    SPLITS: tl.constexpr, SPAN: tl.constexpr,
+    $tiled
+):
+    """A tile of out, or what one of SPLITS programs adds to it."""
     N: tl.constexpr = $n
     K: tl.constexpr = $k
-    count = tl.load(count_ptr)
-    tile = tl.program_id(0)
     m, n = tile_of(tile, count, N, BLOCK_M, BLOCK_N, GROUP_M)
-    if m * BLOCK_M >= count:
-        return
     rows = (m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     cols = n * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < count
     begin = tl.program_id(1) * SPAN if SPLITS > 1 else 0
     end = tl.minimum(begin + SPAN, K) if SPLITS > 1 else K
     $accs = $product(
-        $x, rows, inside, $matrix, cols, begin, end, $form
+        ${tile_x}$first, inside, ${matrix}n * BLOCK_N, begin, end, $form
     )
     if SPLITS > 1:
         # Sums of all splits meet in memory; the program that is done last adds them up, in their order.
@@ -199,17 +291,32 @@ def $symbol$variant(
         mine = sums + tl.program_id(1) * SIZE
         $keeps
         tl.debug_barrier()  # what any thread stored comes before the count
-        if tl.atomic_add(done_ptr + tile, 1) < SPLITS - 1:
-            return
-        tl.store(done_ptr + tile, 0)
-        $zeros
-        for split in tl.range(0, SPLITS, loop_unroll_factor=SPLITS if SIZE <= 4096 else 1):
-            theirs = sums + split * SIZE
-            $joins
-    ${symbol}_store(
-        $accs, rows, inside, cols, ${operands}out_ptr, ${pass_pitches}OUT_PITCH, BLOCK_N
-    )
+        if tl.atomic_add(done_ptr + tile, 1) == SPLITS - 1:
+            tl.store(done_ptr + tile, 0)
+            $zeros
+            for split in tl.range(0, SPLITS, loop_unroll_factor=SPLITS if SIZE <= 4096 else 1):
+                theirs = sums + split * SIZE
+                $joins
+            ${symbol}_store(
+                $accs, rows, inside, cols, ${operands}out_ptr, ${pass_pitches}OUT_PITCH, BLOCK_N
+            )
+    else:
+        ${symbol}_store(
+            $accs, rows, inside, cols, ${operands}out_ptr, ${pass_pitches}OUT_PITCH, BLOCK_N
+        )
 '''
+DESCRIPTORS = """\
+if DESCRIPTORS:
+    x = tl.make_tensor_descriptor(x_ptr, [count, $width], [$pitch, 1], [BLOCK_M, $block_k])
+    w = tl.make_tensor_descriptor($values, [$rows, $k], [$k, 1], [BLOCK_N, $block_k])
+else:
+    x = x_ptr
+    w = $values
+"""
+TILE = """\
+${pass_operands}${operands}partial_ptr, done_ptr, out_ptr, tile, count,
+${pass_sizes}${pass_pitches}OUT_PITCH, BLOCK_M, BLOCK_N, GROUP_M, SPLITS, SPAN,$pass_tiled
+"""
 KEEP = "tl.store(mine{at}, acc{part}, inside[:, None])"
 ZERO = "acc{part} = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)"
 # Not by way of the nearest cache, which does not see what others store.

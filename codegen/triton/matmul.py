@@ -6,7 +6,8 @@ scales multiply the fp32 sums: once at the end (INT8), or after every group of i
 FP8).  FP32 weights meet activations in fp32, and FP8 weights may meet E4M3 ones.
 
 Formats are "fp32", "bf16", "int8", "int4" and "fp8", laid out as ir/quant.py has it, INT4 in halves
-(ir/packing.py): inputs in chunks of 128, the first 64 of a chunk in the low nibbles of its 64 bytes.
+(ir/packing.py): inputs in chunks of 128, the first 64 of a chunk in the low nibbles of its 64 bytes.  "e4m3"
+stands for FP8 weights that meet E4M3 activations.
 """
 
 import triton
@@ -17,19 +18,19 @@ from .support import decode_fp8
 
 @triton.jit
 def tile_of(
-    program, rows,
+    tile, rows,
     N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """Which block of rows and of columns a program computes; the former may lie beyond ``rows``.
+    """Which block of rows and of columns a tile is, of as many as cover [rows, N].
 
-    Programs that run together share GROUP_M blocks of rows, and so read each block of weights once.
+    Tiles in a row share GROUP_M blocks of rows, and so programs that run together read each block of weights
+    once.
     """
     across: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    first = program // (GROUP_M * across) * GROUP_M
-    high = tl.maximum(1, tl.minimum(tl.cdiv(rows, BLOCK_M) - first, GROUP_M))
-    at = program % (GROUP_M * across)
-    # Of the last group, which may be lower, programs from high * across on have nothing to do.
-    return tl.where(at < high * across, first + at % high, tl.cdiv(rows, BLOCK_M)), at // high
+    first = tile // (GROUP_M * across) * GROUP_M
+    high = tl.minimum(tl.cdiv(rows, BLOCK_M) - first, GROUP_M)  # the last group may be lower
+    at = tile % (GROUP_M * across)
+    return first + at % high, at // high
 
 
 @triton.jit
@@ -43,60 +44,63 @@ def below(at, COUNT: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def product(
-    x_ptr, rows, inside, w_ptr, scale_ptr, cols, k_begin, k_end,
+    x, rows, inside, w, scale_ptr, col, k_begin, k_end,
     X_PITCH: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-    FORMAT: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """[BM, BN] fp32: the sum over k in [k_begin, k_end) of x[rows, k] W[cols, k], W [N, K].
+    """[BM, BN] fp32: the sum over k in [k_begin, k_end) of x[rows, k] W[col ... col + BN - 1, k], W [N, K].
 
-    ``rows`` [BM] are int64, those that are not ``inside`` count as zeros, and so do ``cols`` [BN] from N on,
-    which are a whole block: BN consecutive numbers from a multiple of BN on.  ``k_begin`` is a multiple of
-    BLOCK_K, and so is ``k_end`` if it is not K.  BLOCK_K is 128 for INT4, and for FP8 it divides 128; FP8 may
-    come as u8, where the architecture does not know it.  Formats without a scale take any ``scale_ptr``.
+    ``rows`` [BM] are int64, those that are not ``inside`` count as zeros, and so do columns from N on;
+    ``col`` is a multiple of BN.  ``k_begin`` is a multiple of BLOCK_K, and so is ``k_end`` if it is not K.
+    BLOCK_K is 128 for INT4, and for FP8 it divides 128; FP8 may come as u8, where the architecture does not
+    know it.  Formats without a scale take any ``scale_ptr``.
+
+    x and w are pointers; or both are descriptors of tiles [BM, BLOCK_K] and [BN, BLOCK_K], which know where
+    the matrices end, and ``rows`` is the first of the rows.
     """
     acc, _ = _products(
-        x_ptr, x_ptr, rows, inside, w_ptr, scale_ptr, cols, k_begin, k_end,
-        X_PITCH, N, K, FORMAT, GROUP, BLOCK_K, False,
+        x, x, rows, inside, w, scale_ptr, col, k_begin, k_end,
+        X_PITCH, N, K, FORMAT, GROUP, BLOCK_N, BLOCK_K, False,
     )  # fmt: skip
     return tl.trans(acc)
 
 
 @triton.jit
 def product_pair(
-    x_ptr, rows, inside, w_ptr, scale_ptr, cols, k_begin, k_end,
+    x, rows, inside, w, scale_ptr, col, k_begin, k_end,
     X_PITCH: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-    FORMAT: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Two products at once, for W of 2 N rows: with its rows ``cols`` and with its rows N + ``cols``."""
+    """Two products at once, for W of 2 N rows: with those from ``col`` and from N + ``col`` on."""
     acc0, acc1 = _products(
-        x_ptr, x_ptr, rows, inside, w_ptr, scale_ptr, cols, k_begin, k_end,
-        X_PITCH, N, K, FORMAT, GROUP, BLOCK_K, True,
+        x, x, rows, inside, w, scale_ptr, col, k_begin, k_end,
+        X_PITCH, N, K, FORMAT, GROUP, BLOCK_N, BLOCK_K, True,
     )  # fmt: skip
     return tl.trans(acc0), tl.trans(acc1)
 
 
 @triton.jit
 def product_e4m3(
-    x_ptr, x_scale_ptr, rows, inside, w_ptr, scale_ptr, cols, k_begin, k_end,
-    N: tl.constexpr, K: tl.constexpr,
+    x, x_scale_ptr, rows, inside, w, scale_ptr, col, k_begin, k_end,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """``product`` of FP8 weights with activations that ``round_e4m3`` left in x and x_scale."""
     acc, _ = _products(
-        x_ptr, x_scale_ptr, rows, inside, w_ptr, scale_ptr, cols, k_begin, k_end,
-        (K + 127) // 128 * 128, N, K, "fp8", 0, 128, False,
+        x, x_scale_ptr, rows, inside, w, scale_ptr, col, k_begin, k_end,
+        (K + 127) // 128 * 128, N, K, "e4m3", 0, BLOCK_N, 128, False,
     )  # fmt: skip
     return tl.trans(acc)
 
 
 @triton.jit
 def product_pair_e4m3(
-    x_ptr, x_scale_ptr, rows, inside, w_ptr, scale_ptr, cols, k_begin, k_end,
-    N: tl.constexpr, K: tl.constexpr,
+    x, x_scale_ptr, rows, inside, w, scale_ptr, col, k_begin, k_end,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """``product_pair`` of FP8 weights with activations that ``round_e4m3`` left in x and x_scale."""
     acc0, acc1 = _products(
-        x_ptr, x_scale_ptr, rows, inside, w_ptr, scale_ptr, cols, k_begin, k_end,
-        (K + 127) // 128 * 128, N, K, "fp8", 0, 128, True,
+        x, x_scale_ptr, rows, inside, w, scale_ptr, col, k_begin, k_end,
+        (K + 127) // 128 * 128, N, K, "e4m3", 0, BLOCK_N, 128, True,
     )  # fmt: skip
     return tl.trans(acc0), tl.trans(acc1)
 
@@ -111,29 +115,60 @@ def round_e4m3(x_ptr, row, groups, q_ptr, scale_ptr, X_PITCH: tl.constexpr, K: t
     GROUPS: tl.constexpr = (K + 127) // 128
     k = groups[:, None] * 128 + tl.arange(0, 128)[None, :]
     x = tl.load(x_ptr + row * X_PITCH + k, k < K, 0.0).to(tl.float32)
+    q, scale = _to_e4m3(x)
+    tl.store(q_ptr + row * (GROUPS * 128) + k, q, k < GROUPS * 128)
+    tl.store(scale_ptr + _scale_at(row, groups, GROUPS), scale, groups < GROUPS)
+
+
+@triton.jit
+def store_e4m3(x, rows, inside, col, q_ptr, scale_ptr, K: tl.constexpr):
+    """x [BM, 128], columns from ``col`` on of the ``rows`` of a matrix [, K], as ``round_e4m3`` leaves it."""
+    GROUPS: tl.constexpr = (K + 127) // 128
+    tl.static_assert(x.shape[1] == 128, "a scale is of 128 columns")
+    k = col + tl.arange(0, 128)[None, :]
+    q, scale = _to_e4m3(tl.where(k < K, x, 0.0))
+    tl.store(q_ptr + rows[:, None] * (GROUPS * 128) + k, q, inside[:, None])
+    tl.store(scale_ptr + _scale_at(rows, col // 128, GROUPS), scale, inside)
+
+
+@triton.jit
+def _to_e4m3(x):
+    """x [groups, 128] as E4M3, and the scale of each group."""
     # NaN gives an infinite scale, so that what is not finite stays so.
     scale = tl.max(tl.where(x == x, tl.abs(x), float("inf")), 1) / 448.0
-    q = x / tl.where(scale == 0.0, 1.0, scale)[:, None]
-    tl.store(q_ptr + row * (GROUPS * 128) + k, q.to(tl.float8e4nv), k < GROUPS * 128)
-    tl.store(scale_ptr + (row // 128 * GROUPS + groups) * 128 + row % 128, scale, groups < GROUPS)
+    return (x / tl.where(scale == 0.0, 1.0, scale)[:, None]).to(tl.float8e4nv), scale
+
+
+@triton.jit
+def _scale_at(row, group, GROUPS: tl.constexpr):
+    """Where the scale of a row's group of 128 inputs is."""
+    return (row // 128 * GROUPS + group) * 128 + row % 128
 
 
 @triton.jit
 def _products(
-    x_ptr, x_scale_ptr, rows, inside, w_ptr, scale_ptr, cols, k_begin, k_end,
-    X_PITCH: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-    FORMAT: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr, PAIR: tl.constexpr,
+    x, x_scale_ptr, rows, inside, w, scale_ptr, col, k_begin, k_end,
+    X_PITCH: tl.constexpr, N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PAIR: tl.constexpr,
 ):  # fmt: skip
     """The accumulators [BN, BM] of one product, or of two."""
-    BLOCK_M: tl.constexpr = rows.shape[0]
-    BLOCK_N: tl.constexpr = cols.shape[0]
+    TILED: tl.constexpr = isinstance(x, tl.tensor_descriptor)
+    BLOCK_M: tl.constexpr = inside.shape[0]
+    E4M3: tl.constexpr = FORMAT == "e4m3"
+    FP8: tl.constexpr = FORMAT == "fp8" or E4M3
+    ONE: tl.constexpr = 128 % BLOCK_N == 0  # scale for all columns of a tile
     acc0 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     acc1 = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     # INT4 bytes whose low nibbles share one scale, and whose high nibbles do.
     STEP: tl.constexpr = 64 if GROUP > 64 else GROUP
+    cols = col + tl.arange(0, BLOCK_N)
     there = below(cols, N, BLOCK_N)
-    row0 = cols.to(tl.int64)
+    row0 = col if TILED else cols.to(tl.int64)
     row1 = row0 + N
+    if E4M3:
+        indices = rows + tl.arange(0, BLOCK_M) if TILED else rows
+        # Where a row is not inside, any scale will do: a mask would take registers.
+        x_scale_at = _scale_at(indices.to(tl.int32), 0, (K + 127) // 128)
     for k0 in range(k_begin, k_end, BLOCK_K):
         # Scales are asked for first: they arrive while the tiles are waited for.
         if FORMAT == "int4":
@@ -143,33 +178,32 @@ def _products(
                 scales0 = _int4_scales(scale_ptr, row0, there, k, K, GROUP)
                 if PAIR:
                     scales1 = _int4_scales(scale_ptr, row1, there, k, K, GROUP)
-                ks = k + tl.arange(0, STEP)
-                low = _inputs(x_ptr, rows, inside, ks, X_PITCH, K, BLOCK_K, FORMAT)
-                high = _inputs(x_ptr, rows, inside, ks + 64, X_PITCH, K, BLOCK_K, FORMAT)
+                low = _inputs(x, rows, inside, k, STEP, X_PITCH, K, BLOCK_K, FORMAT)
+                high = _inputs(x, rows, inside, k + 64, STEP, X_PITCH, K, BLOCK_K, FORMAT)
                 byte = k0 // 2 + at + tl.arange(0, STEP)
-                acc0 = _add_int4(acc0, low, high, w_ptr, scales0, row0, there, byte, K, GROUP)
+                acc0 = _add_int4(acc0, low, high, w, scales0, row0, there, byte, K, GROUP)
                 if PAIR:
-                    acc1 = _add_int4(acc1, low, high, w_ptr, scales1, row1, there, byte, K, GROUP)
+                    acc1 = _add_int4(acc1, low, high, w, scales1, row1, there, byte, K, GROUP)
         else:
-            ks = k0 + tl.arange(0, BLOCK_K)
-            if FORMAT == "fp8":
-                scale0 = _fp8_scales(
-                    x_ptr, x_scale_ptr, rows, inside, scale_ptr, row0, there, k0, K
-                )
-                if PAIR:
-                    scale1 = _fp8_scales(
-                        x_ptr, x_scale_ptr, rows, inside, scale_ptr, row1, there, k0, K
-                    )
-            x = _inputs(x_ptr, rows, inside, ks, X_PITCH, K, BLOCK_K, FORMAT)
-            if FORMAT == "fp8":
+            if FP8:
                 tl.static_assert(128 % BLOCK_K == 0, "a block of FP8 has one scale")
-                acc0 += _fp8(x, w_ptr, row0, there, ks, K, BLOCK_K) * scale0
+                scale0 = _fp8_scales(scale_ptr, col, there, k0, K, ONE)
                 if PAIR:
-                    acc1 += _fp8(x, w_ptr, row1, there, ks, K, BLOCK_K) * scale1
+                    scale1 = _fp8_scales(scale_ptr, col + N, there, k0, K, ONE and N % 128 == 0)
+                if E4M3:
+                    x_scale = tl.load(x_scale_ptr + k0 // 128 * 128 + x_scale_at)[None, :]
+                    scale0 *= x_scale
+                    if PAIR:
+                        scale1 *= x_scale
+            inputs = _inputs(x, rows, inside, k0, BLOCK_K, X_PITCH, K, BLOCK_K, FORMAT)
+            if FP8:
+                acc0 += _fp8(inputs, w, row0, there, k0, K, BLOCK_K) * scale0
+                if PAIR:
+                    acc1 += _fp8(inputs, w, row1, there, k0, K, BLOCK_K) * scale1
             else:
-                acc0 = _add(acc0, x, w_ptr, row0, there, ks, K, BLOCK_K)
+                acc0 = _add(acc0, inputs, w, row0, there, k0, K, BLOCK_K)
                 if PAIR:
-                    acc1 = _add(acc1, x, w_ptr, row1, there, ks, K, BLOCK_K)
+                    acc1 = _add(acc1, inputs, w, row1, there, k0, K, BLOCK_K)
     if FORMAT == "int8":
         acc0 *= tl.load(scale_ptr + row0, there, 0.0)[:, None]
         if PAIR:
@@ -179,54 +213,60 @@ def _products(
 
 @triton.jit
 def _inputs(
-    x_ptr, rows, inside, k,
+    x, rows, inside, k, COUNT: tl.constexpr,
     X_PITCH: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
-    """x[rows, k] as [k, rows], in the type that it is multiplied in."""
-    mask = inside[None, :] & below(k, K, BLOCK_K)[:, None]
-    x = tl.load(x_ptr + rows[None, :] * X_PITCH + k[:, None], mask, 0.0)
-    if x_ptr.dtype.element_ty == tl.float8e4nv:
-        return x
-    elif FORMAT == "fp32":
-        return x.to(tl.float32)
+    """x[rows, k ... k + COUNT - 1] as [COUNT, rows], in the type that it is multiplied in."""
+    if isinstance(x, tl.tensor_descriptor):
+        return tl.trans(x.load([rows, k]))
     else:
-        return x.to(tl.bfloat16)
+        ks = k + tl.arange(0, COUNT)
+        mask = inside[None, :] & below(ks, K, BLOCK_K)[:, None]
+        values = tl.load(x + rows[None, :] * X_PITCH + ks[:, None], mask, 0.0)
+        if FORMAT == "e4m3":
+            return values
+        elif FORMAT == "fp32":
+            return values.to(tl.float32)
+        else:
+            return values.to(tl.bfloat16)
 
 
 @triton.jit
-def _weights(w_ptr, row, there, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """W[row, k], for formats that are stored row by row."""
-    mask = there[:, None] & below(k, K, BLOCK_K)[None, :]
-    return tl.load(w_ptr + row[:, None] * K + k[None, :], mask, 0.0)
+def _weights(w, row, there, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """W[row, k ... k + BLOCK_K - 1] of formats stored row by row; ``row`` is the first for a descriptor."""
+    if isinstance(w, tl.tensor_descriptor):
+        return w.load([row, k])
+    else:
+        ks = k + tl.arange(0, BLOCK_K)
+        mask = there[:, None] & below(ks, K, BLOCK_K)[None, :]
+        return tl.load(w + row[:, None] * K + ks[None, :], mask, 0.0)
 
 
 @triton.jit
-def _add(acc, x, w_ptr, row, there, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
+def _add(acc, x, w, row, there, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
     """acc + W[row, k] x of weights that need no scale, or one at the end."""
-    w = _weights(w_ptr, row, there, k, K, BLOCK_K).to(x.dtype)
-    return tl.dot(w, x, acc, input_precision="ieee")
+    weights = _weights(w, row, there, k, K, BLOCK_K).to(x.dtype)
+    return tl.dot(weights, x, acc, input_precision="ieee")
 
 
 @triton.jit
-def _fp8(x, w_ptr, row, there, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
+def _fp8(x, w, row, there, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
     """W[row, k] x without scales."""
-    w = _weights(w_ptr, row, there, k, K, BLOCK_K)
+    weights = _weights(w, row, there, k, K, BLOCK_K)
     if x.dtype == tl.bfloat16:
-        w = decode_fp8(w)
-    return tl.dot(w, x)
+        weights = decode_fp8(weights)
+    return tl.dot(weights, x)
 
 
 @triton.jit
-def _fp8_scales(
-    x_ptr, x_scale_ptr, rows, inside, scale_ptr, row, there, k, K: tl.constexpr
-):  # fmt: skip
-    """What sums of products from input k on are multiplied with, as [BN, 1], or [BN, BM] if x is E4M3 too."""
+def _fp8_scales(scale_ptr, first, there, k, K: tl.constexpr, ONE: tl.constexpr):
+    """Scales [BN, 1] of weights from row ``first`` and input k on; a number if it is ONE for all of them."""
     GROUPS: tl.constexpr = (K + 127) // 128
-    scale = tl.load(scale_ptr + row // 128 * GROUPS + k // 128, there, 0.0)[:, None]
-    if x_ptr.dtype.element_ty == tl.float8e4nv:
-        at = (rows // 128 * GROUPS + k // 128) * 128 + rows % 128
-        scale *= tl.load(x_scale_ptr + at, inside, 0.0)[None, :]
-    return scale
+    if ONE:
+        return tl.load(scale_ptr + first // 128 * GROUPS + k // 128)
+    else:
+        row = first + tl.arange(0, there.shape[0])
+        return tl.load(scale_ptr + row // 128 * GROUPS + k // 128, there, 0.0)[:, None]
 
 
 @triton.jit

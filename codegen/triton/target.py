@@ -24,6 +24,11 @@ class GpuTarget:
     fp8: bool
 
     @property
+    def tma(self) -> bool:
+        """Whether one instruction copies a tile that a tensor descriptor says the place of."""
+        return self.capability >= 90
+
+    @property
     def device(self) -> Literal["cuda"]:
         return "cuda"
 

@@ -23,9 +23,12 @@ from .target import GpuTarget
 
 STREAMED_ROWS = 64  # up to so many rows a product is bound by reading its weights
 LEAST_INPUTS = 512  # of one split
+RESERVED = 2048  # bytes of shared memory beside the buffers, and what the system takes
+WARPS = 8  # of a multiprocessor, with as many registers as large tiles want
 JOIN = 400  # joining splits takes about as long as multiplying so many inputs
 # Tiles for many rows, and about what share of its speed a tensor core reaches with them.
 LARGE = {(128, 256): 1.0, (128, 128): 0.9, (64, 128): 0.75, (64, 64): 0.55}
+WIDE = {(64, 256): 0.8}  # where so many columns must stay together
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,9 @@ class Gemm:
     """One block computes [block_m rows, block_n columns] of each part, ``block_k`` inputs at a time.
 
     ``splits`` blocks share the inputs of one tile; ``group_m`` row blocks run together (``tile_of``).
+    With ``persistent``, so many blocks per multiprocessor compute one tile after the other; with ``flatten``
+    a block loads what is next while it stores what was last.  With ``descriptors``, tiles of operands are
+    copied by tensor descriptors.
     """
 
     block_m: int
@@ -42,6 +48,9 @@ class Gemm:
     group_m: int = 8
     warps: int = 4
     stages: int = 3
+    persistent: int = 0
+    flatten: bool = False
+    descriptors: bool = False
 
     def tiles(self, m: int, n: int) -> int:
         """How many tiles cover [m, n]."""
@@ -57,6 +66,8 @@ class Problem:
     """x [m, k] times the transpose of ``parts`` matrices [n, k], for ``batch`` such problems in one launch.
 
     ``x_bytes`` is the size of a number of x in memory; ``e4m3`` says that it is rounded to E4M3 before.
+    A tile has whole groups of ``columns`` of each part.  ``tiled`` says that tensor descriptors can describe
+    both operands.
     """
 
     m: int
@@ -68,6 +79,8 @@ class Problem:
     x_bytes: int = 2
     e4m3: bool = False
     splittable: bool = True
+    columns: int = 1
+    tiled: bool = False
 
     def blocks(self, tile: Gemm) -> int:
         return self.batch * tile.tiles(self.m, self.n) * tile.splits
@@ -77,7 +90,8 @@ def gemm(target: GpuTarget, symbol: str, problem: Problem) -> Gemm:
     """The measured tile of a kernel, or a default."""
     measured = _table(target.name).get(symbol, {}).get(str(problem.m))
     if measured:
-        return Gemm(**measured)
+        tile = Gemm(**measured)
+        return replace(tile, descriptors=tile.descriptors and problem.tiled and target.tma)
     if problem.m <= STREAMED_ROWS or _most_rows(problem, target) < STREAMED_ROWS:
         return _streamed(problem, target)
     return _reused(problem, target)
@@ -97,7 +111,7 @@ def _streamed(problem: Problem, target: GpuTarget) -> Gemm:
     if _mma(target):
         rows = min(rows, 64 // problem.parts)
     warps = 8 if problem.parts * rows > 64 else 4
-    columns = 32 if problem.format.name == "fp32" else 64
+    columns = max(problem.columns, 32 if problem.format.name == "fp32" else 64)
     tile = Gemm(rows, columns, _block_k(problem), warps=warps)
     tile = replace(tile, stages=_stages(tile, problem, target, resident=2))
 
@@ -117,17 +131,25 @@ def _reused(problem: Problem, target: GpuTarget) -> Gemm:
         rounds = ceil_div(problem.blocks(tile), target.sms)
         size = tile.block_m, tile.block_n * problem.parts
         inputs = tile.span(problem.k) + JOIN * (tile.splits > 1)
-        return rounds * size[0] * size[1] * inputs / LARGE[size]
+        return rounds * size[0] * size[1] * inputs / sizes[size]
 
+    sizes = WIDE if problem.parts * problem.columns > 128 else LARGE
     # Joining what splits left takes registers that the largest tiles do not have.
     options = [
         tile
-        for size in LARGE
+        for size in sizes
         if _fits(size, problem, target)
         for tile in _split(_large(size, problem), problem, most=4 if size[0] == 64 else 1)
     ]
     tile = min(options, key=cost)
-    return replace(tile, stages=_stages(tile, problem, target, resident=1))
+    tile = replace(tile, stages=_stages(tile, problem, target, resident=1))
+    if problem.tiled and target.tma and tile.splits == 1:
+        # Sums that are scaled as they grow leave no registers for what is loaded ahead, and mma no memory.
+        flatten = not problem.e4m3 and not _mma(target)
+        memory = target.shared_bytes // (tile.stages * _buffer(tile, problem) + RESERVED)
+        persistent = max(1, min(memory, WARPS // tile.warps))
+        return replace(tile, persistent=persistent, flatten=flatten, descriptors=True)
+    return tile
 
 
 def _large(size: tuple[int, int], problem: Problem) -> Gemm:
@@ -147,7 +169,7 @@ def _fits(size: tuple[int, int], problem: Problem, target: GpuTarget) -> bool:
     and 128 rows does not either.
     """
     rows, columns = size
-    if columns < 64 * problem.parts or rows > _most_rows(problem, target):
+    if columns < max(64, problem.columns) * problem.parts or rows > _most_rows(problem, target):
         return False
     if problem.format.name == "bf16":
         return size != max(LARGE) or target.shared_bytes >= 160 * 1024
@@ -169,12 +191,16 @@ def _block_k(problem: Problem) -> int:
 
 
 def _stages(tile: Gemm, problem: Problem, target: GpuTarget, resident: int) -> int:
-    """As many as fit with ``resident`` blocks on a multiprocessor, beside what the system takes."""
+    """As many as fit with ``resident`` blocks on a multiprocessor."""
+    buffers = (target.shared_bytes // resident - RESERVED) // _buffer(tile, problem)
+    return max(2, min(6, buffers + _mma(target)))
+
+
+def _buffer(tile: Gemm, problem: Problem) -> int:
+    """Bytes of one block of inputs, of x and of weights."""
     x_bytes = 1 if problem.e4m3 else problem.x_bytes
     weights = problem.parts * tile.block_n * tile.block_k * problem.format.bits // 8
-    buffer = weights + tile.block_m * tile.block_k * x_bytes
-    buffers = (target.shared_bytes // resident - 2048) // buffer
-    return max(2, min(6, buffers + _mma(target)))
+    return weights + tile.block_m * tile.block_k * x_bytes
 
 
 def _mma(target: GpuTarget) -> bool:

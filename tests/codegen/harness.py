@@ -225,6 +225,7 @@ class Kernels:
         batch: Batch,
         inputs: dict[str, Tensor],
         rows: Tensor | None = None,
+        e4m3: bool = False,
     ) -> dict[str, Tensor]:
         """The same by the torch reference."""
         bind = self.plan.steps[self.index(spec)].bind
@@ -238,7 +239,7 @@ class Kernels:
             operands["index"] = rows
         if isinstance(spec, Pointwise):
             operands["out"] = torch.empty(len(batch.positions), spec.width)
-        return reference.run(spec, operands, batch, self.device)
+        return reference.run(spec, operands, batch, self.device, e4m3)
 
 
 @dataclass

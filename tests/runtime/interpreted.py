@@ -31,7 +31,7 @@ from tokenmill.ir.plan import (
 )
 from tokenmill.runtime.artifact import ArtifactWriter, Target, TensorSpec
 
-from ..codegen.gpu.interpreter import TORCH, load_sources, mend
+from ..codegen.gpu.interpreter import SMS, TORCH, load_sources, mend
 
 DIRECTORY = "kernels/sm_90"
 DTYPES = {
@@ -105,7 +105,8 @@ class InterpretedDevice:
             for address, dtype in zip(addresses, types, strict=False):
                 data = self._at(address)
                 tensors.append(data[: data.numel() // dtype.itemsize * dtype.itemsize].view(dtype))
-            getattr(module, entry["function"])[launch.grid](*tensors, **entry["constants"])
+            grid = launch.blocks(SMS)
+            getattr(module, entry["function"])[grid](*tensors, **entry["constants"])
 
         return lambda: run() if self._recording is None else self._recording.append(run)
 

@@ -351,6 +351,7 @@ SCHEDULES = {
     "an argument too few": lambda s: _group_of(s, 0)[0]["args"].pop(),
     "an empty grid": lambda s: _group_of(s, 0)[0].update(grid=[1, 0, 1]),
     "a huge grid": lambda s: _group_of(s, 0)[0].update(grid=[1, 65536, 1]),
+    "blocks by halves": lambda s: _group_of(s, 0)[0].update(per_sm=0.5),
     "a flat grid": lambda s: _group_of(s, 0)[0].update(grid=[1, 1]),
     "a group out of range": lambda s: s["buckets"][0]["steps"].__setitem__(0, 99),
     "torch for a kernel": lambda s: s["buckets"][0]["steps"].__setitem__(0, -1),

@@ -13,6 +13,7 @@ from tokenmill.runtime.cache import PAGE, PagePool
 from tokenmill.runtime.layout import Layout
 from tokenmill.runtime.requests import Completion, Scoring
 from tokenmill.runtime.sampling import Sampler, Sampling
+from tokenmill.runtime.schedule import Binary, Launch, Scratch
 from tokenmill.runtime.scheduler import Scheduler
 from tokenmill.runtime.tokenizer import TextStream, Tokenizer, special_ids
 
@@ -71,6 +72,17 @@ def test_a_malformed_plan_is_damage(fake, change):
 def test_a_newer_plan(fake):
     with pytest.raises(errors.ArtifactTooNew):
         Layout.parse(fake.plan() | {"version": 2})
+
+
+# --- launches -----------------------------------------------------------------------------------
+
+
+def test_a_card_gets_as_many_blocks_as_it_has_use_for():
+    binary = Binary("b", "b", (), 128, 0, (Scratch(16, 8),))
+    launch = Launch(binary, (), (10, 2, 1), per_sm=2)
+    assert [launch.blocks(sms) for sms in (3, 100)] == [(6, 2, 1), (10, 2, 1)]
+    assert Launch(binary, (), (10, 2, 1)).blocks(3) == (10, 2, 1)
+    assert launch.scratch_places()[-1] >= 16 * 10 * 2
 
 
 # --- pages and scheduling -----------------------------------------------------------------------

@@ -39,6 +39,7 @@ TORCH = {
     "i32": torch.int32,
     "i64": torch.int64,
 }
+SMS = 3  # of the machine that this stands for: few, so that a persistent program has several tiles
 _FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
 
 
@@ -132,7 +133,9 @@ def run_group(
             pointer = _typed(data, TORCH[type_.removeprefix("*")])
             assert not aligned or pointer.data_ptr() % 16 == 0 or not pointer.numel(), arg
             pointers.append(pointer)
-        function[tuple(launch["grid"])](*pointers, **binary["constants"])
+        x, *rest = launch["grid"]
+        grid = (min(x, SMS * launch.get("per_sm", x)), *rest)
+        function[grid](*pointers, **binary["constants"])
 
 
 def _typed(data: Tensor, dtype: torch.dtype) -> Tensor:

@@ -19,7 +19,17 @@ from tokenmill.codegen.triton.binary import read_cubin
 from tokenmill.codegen.triton.build import BINARIES, GpuBuild, build_gpu, toolchain
 from tokenmill.codegen.triton.target import TARGETS, parse_target
 from tokenmill.errors import BuildFailed, KernelTooLarge, MissingExtra
-from tokenmill.ir.plan import KINDS, Device, Embed, Norm, Plan, Pointwise, SelectRows
+from tokenmill.ir.plan import (
+    KINDS,
+    Device,
+    Embed,
+    Experts,
+    Linear,
+    Norm,
+    Plan,
+    Pointwise,
+    SelectRows,
+)
 from tokenmill.passes.narrow import narrow
 
 from ..decoder import decoder_plan
@@ -236,6 +246,55 @@ def test_triton_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         build_gpu({}, parse_target("sm_90"))
     monkeypatch.undo()
     assert re.fullmatch(r"triton \d+\.\d+.*", toolchain())
+
+
+@pytest.mark.parametrize("fmt", ["bf16", "fp8"])
+@pytest.mark.parametrize(
+    ("target", "products"),
+    [("sm_90", "wgmma"), ("sm_100", "tcgen05"), ("sm_120", "mma")],
+)
+def test_large_products_copy_tiles_by_descriptors(
+    target: str, products: str, fmt: str, tmp_path: Path
+) -> None:
+    """The copying instruction is in the machine code, and the descriptors in memory of each block."""
+    spec = Linear(2048, 512, fmt, parts=2, epilogue="silu(acc0) * acc1")
+    files = Emitted([spec], target, column=0).files
+    schedule = json.loads(files["schedule.json"])
+    launch = schedule["groups"][schedule["buckets"][-1]["steps"][0]][-1]
+    name = launch["binary"]
+    assert launch["per_sm"] > 0
+    schedule["binaries"] = [b for b in schedule["binaries"] if b["name"] == name]
+    schedule["buckets"] = []
+    built = build_gpu(files | {"schedule.json": json.dumps(schedule)}, parse_target(target))
+    binary = built.binaries[name]
+    assert [s["bytes"] > 0 for s in binary.scratch] == [True, False]
+    assert binary.scratch[0]["align"] == 128
+    assert binary.local_bytes <= 64
+    (cores,) = binary.tensor_cores
+    assert cores.split()[0] == products
+    path = tmp_path / "product.cubin"
+    path.write_bytes(built.files[f"{name}.cubin"])
+    assert "UTMALDG" in tool("nvdisasm", "-c", str(path))
+
+
+@pytest.mark.parametrize("target", ["sm_89", "sm_90", "sm_100", "sm_120"])
+def test_many_tokens_multiply_fp8_experts_in_e4m3(target: str) -> None:
+    """The instruction is there, and no register is spilled."""
+    spec = Experts(1, 1, 7168, 256, "fp8", "fp8")
+    files = Emitted([spec], target, column=0).files
+    schedule = json.loads(files["schedule.json"])
+    group = schedule["groups"][schedule["buckets"][-1]["steps"][0]]
+    wanted = {launch["binary"] for launch in group}
+    schedule["binaries"] = [b for b in schedule["binaries"] if b["name"] in wanted]
+    schedule["buckets"] = []
+    built = build_gpu(files | {"schedule.json": json.dumps(schedule)}, parse_target(target))
+    assert not any(binary.local_bytes for binary in built.binaries.values())
+    products = [name for name in wanted if "_sorted_" in name]
+    assert len(products) == 2
+    core = {"sm_90": "wgmma e4m3", "sm_100": "tcgen05 f8f6f4"}.get(target, "mma e4m3")
+    for name in products:
+        assert "_e4m3." in name
+        assert built.binaries[name].tensor_cores == [core]
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenmill.codegen.triton import tiles
-from tokenmill.codegen.triton.linear import E4M3_ROWS
+from tokenmill.codegen.triton import linear, tiles
 from tokenmill.codegen.triton.target import TARGETS
-from tokenmill.ir import expr, quant
+from tokenmill.ir import quant
 from tokenmill.ir.plan import Linear
-from torch import Tensor
 
 from ..harness import CAPACITY, batch_of, inputs_of
 from ..test_kernels import IN_PLACE, LINEARS, SWIGLU
-from .interpreter import Interpreted
+from .interpreter import SMS, Interpreted
 
 PLACED = {spec: param for spec, param in IN_PLACE.items() if isinstance(spec, Linear)}
 SPLIT = (
@@ -25,6 +24,14 @@ SPLIT = (
     Linear(64, 1024, "int4-g128", bias=True, parts=2, epilogue=SWIGLU),
 )
 SPECS = (*LINEARS, *PLACED, *SPLIT)
+# Rows begin at multiples of 16 bytes; neither columns nor inputs are whole blocks.
+TILED = (
+    Linear(200, 200, "bf16"),
+    Linear(70, 264, "bf16", bias=True, parts=2, epilogue=SWIGLU),
+    Linear(131, 72, "bf16", bias=True, epilogue="gelu(acc0) * e1 + e0", extras=("row", "channel")),
+    Linear(200, 208, "fp8"),
+    Linear(140, 144, "fp8", bias=True, parts=2, epilogue=SWIGLU),
+)
 BATCHES: dict[str, tuple[tuple[int, int], ...]] = {
     "none": (),
     "an empty sequence": ((0, 0),),
@@ -44,27 +51,11 @@ def kernels(request: pytest.FixtureRequest) -> Interpreted:
 def check(kernels: Interpreted, spec: Linear, sequences: tuple[tuple[int, int], ...]) -> None:
     batch = batch_of(*sequences)
     inputs = inputs_of(kernels, spec, batch)
-    if kernels.target != "sm_80" and spec.format == "fp8" and len(batch.positions) > E4M3_ROWS:
-        want = rounded(kernels, spec, inputs)
-    else:
-        want = kernels.expected(spec, batch, inputs)["out"]
+    e4m3 = linear.rounds(spec, TARGETS[kernels.target], len(batch.positions))
+    want = kernels.expected(spec, batch, inputs, e4m3=e4m3)["out"]
     got = kernels.run(spec, batch, inputs)["out"]
     tolerance = TOLERANCE[kernels.dtype]
     torch.testing.assert_close(got.float(), want, rtol=tolerance, atol=tolerance)
-
-
-def rounded(kernels: Interpreted, spec: Linear, inputs: dict[str, Tensor]) -> Tensor:
-    """What a product of E4M3 activations gives, one scale per row and 128 inputs."""
-    dtype = torch.float32 if kernels.dtype == "f32" else torch.bfloat16
-    groups = torch.nn.functional.pad(inputs["x"].to(dtype).float(), (0, -spec.k % 128))
-    groups = groups.unflatten(-1, (-1, 128))
-    scale = groups.abs().amax(-1, keepdim=True) / quant.FP8_MAX
-    x = ((groups / scale).to(torch.float8_e4m3fn).float() * scale).flatten(1)[:, : spec.k]
-    weights = kernels.weights[kernels.index(spec)]
-    y = x @ quant.dequantize(weights, quant.parse("fp8"), spec.k).T
-    y = y + weights["bias"] if spec.bias else y
-    accs = {f"acc{i}": part for i, part in enumerate(y.split(spec.n, -1))}
-    return expr.evaluate(expr.parse(spec.epilogue), accs)
 
 
 def constants(kernels: Interpreted, spec: Linear, rows: int) -> list[dict[str, Any]]:
@@ -97,6 +88,78 @@ def test_fp8_where_the_architecture_lacks_it(
     spec: Linear, sequences: tuple[tuple[int, int], ...]
 ) -> None:
     check(Interpreted([spec], target="sm_80"), spec, sequences)
+
+
+# --- tensor descriptors and persistent programs -----------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["sm_90", "sm_100", "sm_120"])
+def tiled(request: pytest.FixtureRequest) -> Interpreted:
+    return Interpreted(TILED, target=request.param, column=0)
+
+
+def launch_of(kernels: Interpreted, spec: Linear) -> dict[str, Any]:
+    """The product of the largest bucket."""
+    group = kernels.schedule["buckets"][-1]["steps"][kernels.index(spec)]
+    return kernels.schedule["groups"][group][-1]
+
+
+@pytest.mark.parametrize("spec", TILED, ids=str)
+def test_many_rows_are_read_through_descriptors(tiled: Interpreted, spec: Linear) -> None:
+    bound = constants(tiled, spec, 200)[-1]
+    assert bound["DESCRIPTORS"]
+    assert bound["PERSISTENT"]
+    launch = launch_of(tiled, spec)
+    assert launch["grid"][0] > SMS * launch["per_sm"] > 0
+    check(tiled, spec, MANY)
+
+
+@pytest.mark.parametrize("count", [0, 1, 129])
+@pytest.mark.parametrize("spec", TILED[1:4], ids=str)
+def test_few_rows_of_many(
+    tiled: Interpreted, spec: Linear, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as there may be in no bucket but the largest."""
+    last = tiled.schedule["buckets"][-1]["steps"]
+    monkeypatch.setattr(tiled, "_group", lambda index, batch, rows: last[index])
+    monkeypatch.setattr(linear, "E4M3_ROWS", -1)
+    check(tiled, spec, ((0, count),))
+
+
+@pytest.mark.parametrize("persistent", [0, 2])
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_how_tiles_are_read_and_shared_out_changes_no_bit(
+    descriptors: bool, persistent: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = Interpreted(TILED, column=0)
+    default = tiles.gemm
+
+    def other(*args: Any) -> tiles.Gemm:
+        return replace(default(*args), descriptors=descriptors, persistent=persistent)
+
+    monkeypatch.setattr(tiles, "gemm", other)
+    kernels = Interpreted(TILED, column=0)
+    batch = batch_of(*MANY)
+    for spec in TILED:
+        assert constants(kernels, spec, 200)[-1]["DESCRIPTORS"] == descriptors
+        assert launch_of(kernels, spec).get("per_sm", 0) == persistent
+        inputs = inputs_of(kernels, spec, batch)
+        for part, values in usual.weights[usual.index(spec)].items():
+            kernels.weights[kernels.index(spec)][part].copy_(values)
+        found = [each.run(spec, batch, inputs)["out"] for each in (usual, kernels)]
+        assert torch.equal(*found)
+
+
+def test_what_descriptors_cannot_describe_is_read_by_pointers() -> None:
+    odd, plain = Linear(130, 204, "bf16"), TILED[0]
+    assert not constants(Interpreted([odd], column=0), odd, 200)[-1]["DESCRIPTORS"]
+    for kernels in (
+        Interpreted([plain], column=1),
+        Interpreted([plain], column=0, dtype="f32"),
+        Interpreted([plain], column=0, target="sm_80"),
+    ):
+        assert not constants(kernels, plain, 200)[-1]["DESCRIPTORS"]
+        check(kernels, plain, MANY)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
@@ -177,11 +240,23 @@ def test_any_size(m: int, n: int, k: int, fmt: str, parts: int, dtype: Any) -> N
     parts=st.sampled_from((1, 2)),
     batch=st.sampled_from((1, 8, 256)),
     x_bytes=st.sampled_from((2, 4)),
+    tiled=st.booleans(),
 )
 def test_any_tile_is_sound(
-    target: Any, m: int, n: int, k: int, fmt: quant.Format, parts: int, batch: int, x_bytes: int
+    target: Any,
+    m: int,
+    n: int,
+    k: int,
+    fmt: quant.Format,
+    parts: int,
+    batch: int,
+    x_bytes: int,
+    tiled: bool,
 ) -> None:
-    tile = tiles.gemm(target, "", tiles.Problem(m, n, k, fmt, parts, batch, x_bytes))
+    problem = tiles.Problem(m, n, k, fmt, parts, batch, x_bytes, tiled=tiled)
+    tile = tiles.gemm(target, "", problem)
+    assert tile.splits == 1 or not tile.persistent
+    assert not tile.descriptors or (tiled and target.capability >= 90)
     span = tile.span(k)
     assert span * (tile.splits - 1) < k <= span * tile.splits
     assert span % tile.block_k == 0
@@ -199,3 +274,16 @@ def test_measured_tiles_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
     found = tiles.gemm(target, "a_kernel", tiles.Problem(16, 128, 4096, fmt))
     assert found == tiles.Gemm(**measured)
     assert tiles.gemm(target, "a_kernel", tiles.Problem(8, 128, 4096, fmt)) != found
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_measured_descriptors_are_there_where_they_can_be(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    measured = {"block_m": 64, "block_n": 64, "block_k": 64, "persistent": 2, "descriptors": True}
+    monkeypatch.setattr(tiles, "_table", lambda name: {"a_kernel": {"16": measured}})
+    for tiled in (False, True):
+        problem = tiles.Problem(16, 128, 4096, quant.parse("bf16"), tiled=tiled)
+        found = tiles.gemm(TARGETS[name], "a_kernel", problem)
+        wanted = tiled and name in ("sm_90", "sm_100", "sm_120")
+        assert found == tiles.Gemm(**measured | {"descriptors": wanted})
