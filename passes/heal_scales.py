@@ -15,7 +15,7 @@ from .base import Pass, calls, mill, replace, sweep
 from .heal import Heal
 from .workspace import Workspace
 
-RATE = 2e-3  # of a step, in mean magnitudes of a weight's scales
+RATE = 4e-3  # of a step, in mean magnitudes of a weight's scales
 
 
 @dataclass
