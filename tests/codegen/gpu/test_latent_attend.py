@@ -18,7 +18,7 @@ from .interpreter import Interpreted
 # What is empty or idle is 0 / 0 here as on a GPU, and is not stored.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 # Kernels for a GPU absorb however many queries there are.
-SPECS = tuple(replace(spec, absorb_below=1000) for spec in LATENTS)
+SPECS = LATENTS
 FP8 = tuple(spec for spec in SPECS if spec.cache_format == "fp8")
 TILED = LatentAttend(
     3, 16, 8, 300, 16, 0.2, "int8", "int8", absorb_below=1000
