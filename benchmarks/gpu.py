@@ -16,6 +16,8 @@ the status is 1 if something of ours is wrong or failed, 2 where there is no car
     gemm        products at DeepSeek-V3's shapes, next to cuBLAS and torch's FP8
     experts     router and experts of two mixtures, next to torch's grouped products
     mla         a token per sequence over a paged cache of latents, next to torch
+    prompt      a chunk of one sequence over such a cache, expanded, next to ours absorbed and to torch's
+                attention over keys and values that are there already
     end to end  a DeepSeek-V2-Lite of random weights: prompt of 512 tokens, 1 and 32 sequences, wall clock,
                 next to transformers
 
@@ -320,6 +322,7 @@ def show(result: dict[str, Any], width: int = 150) -> None:
         ("gemm", "gemm N x K, by rows"),
         ("experts", "experts, by tokens"),
         ("mla", "mla heads, context, by sequences"),
+        ("prompt", "mla heads, context, by new tokens"),
     ):
         _grid(console, title, [row for row in rows if row["kind"] == kind])
     _end(console, [row for row in rows if row["kind"] == "end to end"])

@@ -336,11 +336,12 @@ def _weights(spec: LatentAttend, name: str) -> list[str]:
 
 
 def expanded_shape(site: Site) -> Shape:
-    """A tile of queries of one head: long chunks fill tall ones."""
+    """A tile of queries of one head, tall where there are enough of them for every multiprocessor."""
     spec = site.spec
     assert isinstance(spec, LatentAttend)
     keys, value = padded(spec.nope) + padded(spec.rope), padded(spec.value)
-    rows, blocks, size = 128, (128, 64, 32, 16), 2
+    rows, size = 128 if site.rows * spec.heads >= 128 * site.target.sms else 64, 2
+    blocks: tuple[int, ...] = (128, 64, 32, 16) if warp_groups(site.target, rows) else (64, 32, 16)
     if spec.cache_format == "fp32":
         rows, blocks, size = 16, (16,), 4  # no tensor cores for such products
     for block in blocks:
@@ -396,9 +397,7 @@ def _expanded(site: Site, shares: int) -> tuple[Launch, ...]:
     return (gather, *expands, attend)
 
 
-def _expand(
-    site: Site, latents: Arg, up: str, width: int, out: Arg, batch: list[str]
-) -> Launch:
+def _expand(site: Site, latents: Arg, up: str, width: int, out: Arg, batch: list[str]) -> Launch:
     spec = site.spec
     assert isinstance(spec, LatentAttend)
     n, exact = spec.heads * width, "fp32" in (spec.cache_format, spec.up_format)
@@ -487,7 +486,8 @@ def $symbol(
         tl.store(lse_ptr + result, tl.full([ROWS], NOTHING, tl.float32), real)
         return
     ${symbol}_tile(
-        q_ptr, latent_q_ptr, $pointers, mixed_ptr, lse_ptr, table_ptr + sequence * TABLE_PITCH,
+        q_ptr, latent_q_ptr, $pointers, mixed_ptr, lse_ptr,
+        table_ptr + sequence * TABLE_PITCH,
         token, head, real, position + query, position, last, begin, end,
         Q_PITCH, ROWS, BLOCK, LATENT_BLOCK, ROPE_BLOCK, SPLITS, UNMASKED, SPLITS > 1,
     )
@@ -502,10 +502,10 @@ def ${symbol}_some(
     LATENT_BLOCK: tl.constexpr, ROPE_BLOCK: tl.constexpr,
     SPLITS: tl.constexpr, LEAST: tl.constexpr, UNMASKED: tl.constexpr,
 ):
-    """$symbol beside expanded attention: sequences of $long new tokens or more attend what stood before
-    them only, and the log-sum-exp is always left.
+    """$symbol where sequences of $long new tokens or more are expanded:
+    what those see here stood before them, and the log-sum-exp is left of all.
 
-    One program: every so many tiles of those that have such keys.
+    One program: every so many tiles, of sequences that have keys to absorb.
     """
     LONG: tl.constexpr = $long
     HEADS: tl.constexpr = $heads
@@ -519,7 +519,8 @@ def ${symbol}_some(
         last = tl.where(stop - start < LONG, position + queries, context) - 1
         begin, end = blocks_of(position, last, tl.program_id(2), 0, BLOCK, SPLITS, LEAST)
         ${symbol}_tile(
-            q_ptr, latent_q_ptr, $pointers, mixed_ptr, lse_ptr, table_ptr + sequence * TABLE_PITCH,
+            q_ptr, latent_q_ptr, $pointers, mixed_ptr, lse_ptr,
+            table_ptr + sequence * TABLE_PITCH,
             (first + query).to(tl.int64), head, real,
             tl.minimum(position + query, last), tl.minimum(position, last), last, begin, end,
             Q_PITCH, ROWS, BLOCK, LATENT_BLOCK, ROPE_BLOCK, SPLITS, UNMASKED, True,
@@ -534,7 +535,8 @@ def ${symbol}_tile(
     LATENT_BLOCK: tl.constexpr, ROPE_BLOCK: tl.constexpr,
     SPLITS: tl.constexpr, UNMASKED: tl.constexpr, LSE: tl.constexpr,
 ):
-    """A tile of queries with keys up to ``positions``, the first up to ``position``, in blocks [begin, end)."""
+    """A tile of queries with keys up to ``positions``, all of them with those up to ``position``, in blocks
+    [begin, end)."""
     HEADS: tl.constexpr = $heads
     NOPE: tl.constexpr = $nope
     ROPE: tl.constexpr = $rope
@@ -805,13 +807,16 @@ def ${symbol}_new_keys(
     ROPE: tl.constexpr = $rope
     VALUE: tl.constexpr = $value
     MATH: tl.constexpr = $math
+    row = tl.arange(0, BLOCK)
     for block in range(begin, end):
-        keys = block * BLOCK + tl.arange(0, BLOCK)
+        keys = block * BLOCK + row
         inside = keys <= last
-        rows = keys.to(tl.int64)
-        key = load_rows(keys_ptr + rows * (HEADS * NOPE), inside, NOPE, NOPE_BLOCK, MASKED)
-        k_pe = load_rows(ropes_ptr + rows * ROPE, inside, ROPE, ROPE_BLOCK, MASKED)
-        value = load_rows(values_ptr + rows * (HEADS * VALUE), inside, VALUE, VALUE_BLOCK, MASKED)
+        at = tl.cast(block, tl.int64) * BLOCK
+        key_row = keys_ptr + at * (HEADS * NOPE) + row * (HEADS * NOPE)
+        value_row = values_ptr + at * (HEADS * VALUE) + row * (HEADS * VALUE)
+        key = load_rows(key_row, inside, NOPE, NOPE_BLOCK, MASKED)
+        k_pe = load_rows(ropes_ptr + at * ROPE + row * ROPE, inside, ROPE, ROPE_BLOCK, MASKED)
+        value = load_rows(value_row, inside, VALUE, VALUE_BLOCK, MASKED)
         score = tl.dot(q, tl.trans(key), input_precision="ieee")
         score = tl.dot(q_pe, tl.trans(k_pe), score, input_precision="ieee") * $log2_scale
         if MASKED:
@@ -839,7 +844,7 @@ def ${symbol}_${work}_some(
     $pointers, positions_ptr, starts_ptr, sequences_ptr, count_ptr,
     $declared, SEQUENCES: tl.constexpr,
 ):
-    """``${symbol}_${work}_block`` where a token is absorbed; a program sees to every so many blocks."""
+    """``${symbol}_${work}_block`` where a token has keys to absorb; programs take turns."""
     count = tl.load(count_ptr)
     begins, ends, before = spans_of(positions_ptr, starts_ptr, sequences_ptr, SEQUENCES)
     chosen = absorbs(begins, ends, before, $long)
