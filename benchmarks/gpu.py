@@ -3,8 +3,8 @@
     python benchmarks/gpu.py build -o build/gpu [--target sm_90] [--only NAME]... [--layers 27]
     python benchmarks/gpu.py run build/gpu --json FILE [--only TEXT]... [--seconds 420] [--sanitize]
 
-``build`` needs no GPU: it emits and cross-compiles some 920 kernels into the directory (57 MiB, see
-_gpu_build.py), which takes about seven minutes on two cores; --only names its parts (gemm, model-bf16, ...).
+``build`` needs no GPU: it emits and cross-compiles some 1050 kernels into the directory (65 MiB, see
+_gpu_build.py), which takes about eight minutes on two cores; --only names its parts (gemm, model-bf16, ...).
 ``run`` needs a card, torch, cuda.core and, for the last lines, transformers; neither Triton nor what compiles
 models, and tokenmill need not be installed.  --only is a part of the name of a case (check/, ours fp8, ...).
 Cases are carried out in a process of their own, the most important first.  One that crashes, hangs or loses

@@ -49,7 +49,8 @@ EMITTERS: dict[str, ModuleType] = {
     "experts": experts,
     "custom": custom,
 }
-# Files of device functions that are copied as they are, and which kinds of kernels call them.
+# Files of device functions that are copied as they are, and which kinds of kernels call them; where two
+# define a name (tile_of), kernels of both kinds mean that of the later one.
 SUPPORT = {
     "support": frozenset(KINDS),
     "matmul": frozenset(("linear", "experts", "latent_attend")),

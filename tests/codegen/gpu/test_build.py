@@ -19,7 +19,7 @@ from tokenmill.codegen.triton.binary import read_cubin
 from tokenmill.codegen.triton.build import BINARIES, GpuBuild, build_gpu, toolchain
 from tokenmill.codegen.triton.target import TARGETS, parse_target
 from tokenmill.errors import BuildFailed, KernelTooLarge, MissingExtra
-from tokenmill.ir.plan import KINDS, Device, Embed, Norm, Plan, Pointwise, SelectRows
+from tokenmill.ir.plan import KINDS, Device, Embed, LatentAttend, Norm, Plan, Pointwise, SelectRows
 from tokenmill.passes.narrow import narrow
 
 from ..decoder import decoder_plan
@@ -236,6 +236,27 @@ def test_triton_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         build_gpu({}, parse_target("sm_90"))
     monkeypatch.undo()
     assert re.fullmatch(r"triton \d+\.\d+.*", toolchain())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_expanded_attention_of_wide_heads_compiles(target: str) -> None:
+    """DeepSeek-V3's sizes: keys and values are made and attended on tensor cores, and registers suffice."""
+    spec = LatentAttend(128, 128, 64, 512, 128, 0.1, "fp8", absorb_below=128)
+    files = Emitted((spec,), target, column=0).files
+    schedule = json.loads(files["schedule.json"])
+    last = schedule["groups"][schedule["buckets"][-1]["steps"][0]]
+    schedule["binaries"] = [
+        b for b in schedule["binaries"] if b["name"] in {launch["binary"] for launch in last[-3:]}
+    ]
+    assert {b["function"].rpartition("_")[2] for b in schedule["binaries"]} == {
+        "expand",
+        "expanded",
+    }
+    built = build_gpu(files | {"schedule.json": json.dumps(schedule)}, parse_target(target))
+    for name, binary in built.binaries.items():
+        expected = {"sm_90": "wgmma bf16", "sm_100": "tcgen05 f16"}.get(target, "mma bf16")
+        assert binary.tensor_cores == [expected]
+        assert binary.local_bytes <= 104, f"{name} spills {binary.local_bytes} bytes"
 
 
 @pytest.mark.parametrize("target", TARGETS)
