@@ -760,20 +760,20 @@ def ${symbol}_expanded(
     head = tl.program_id(1)
     row = tl.arange(0, QUERIES)
     real = row < queries
-    token = (first + row).to(tl.int64)
+    token = first.to(tl.int64)
     place = first - start
     before = tl.load(positions_ptr + first) - place
     q_ptr += token * Q_PITCH + head * (NOPE + ROPE)
-    q = load_rows(q_ptr, real, NOPE, NOPE_BLOCK, True).to(MATH)
-    q_pe = load_rows(q_ptr + NOPE, real, ROPE, ROPE_BLOCK, True).to(MATH)
+    q = load_rows(q_ptr + row * Q_PITCH, real, NOPE, NOPE_BLOCK, True).to(MATH)
+    q_pe = load_rows(q_ptr + NOPE + row * Q_PITCH, real, ROPE, ROPE_BLOCK, True).to(MATH)
 
     earlier = row < tl.where(before > 0, queries, 0)
     out_ptr += token * OUT_PITCH + head * VALUE
-    acc = load_rows(out_ptr, earlier, VALUE, VALUE_BLOCK, True).to(tl.float32)
+    acc = load_rows(out_ptr + row * OUT_PITCH, earlier, VALUE, VALUE_BLOCK, True).to(tl.float32)
     split = tl.arange(0, SPLITS_BLOCK)[None, :]
-    lse_at = ((token * HEADS + head) * SPLITS)[:, None] + split
-    lse = tl.load(lse_ptr + lse_at, earlier[:, None] & (split < SPLITS), NOTHING)
-    peak = log_joined(lse)
+    lse_ptr += (token * HEADS + head) * SPLITS
+    lse_ptr += row[:, None] * (HEADS * SPLITS) + split
+    peak = log_joined(tl.load(lse_ptr, earlier[:, None] & (split < SPLITS), NOTHING))
     total = tl.where(earlier, 1.0, 0.0)
 
     start = start.to(tl.int64)
@@ -790,9 +790,7 @@ def ${symbol}_expanded(
         q, q_pe, peak, total, acc, keys_ptr, ropes_ptr, values_ptr, place + row, last,
         whole, last // BLOCK + 1, BLOCK, NOPE_BLOCK, ROPE_BLOCK, VALUE_BLOCK, True,
     )
-    cols = tl.arange(0, VALUE_BLOCK)[None, :]
-    result = to(acc / total[:, None], out_ptr)
-    tl.store(out_ptr[:, None] + cols, result, real[:, None] & (cols < VALUE))
+    store_rows(out_ptr + row * OUT_PITCH, acc / total[:, None], real, VALUE, VALUE_BLOCK)
 
 
 @triton.jit
