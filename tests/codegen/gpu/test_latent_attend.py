@@ -109,10 +109,10 @@ def test_steps_that_hold_no_long_chunk_are_spared(kernels: Interpreted) -> None:
 
 
 @pytest.mark.parametrize("spec", [SPECS[1], FP8[0]], ids=str)
-def test_a_prompt_takes_nothing_absorbed(
+def test_a_prompt_needs_nothing_absorbed(
     split: Interpreted, spec: LatentAttend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where no sequence has keys that are absorbed, such programs touch nothing: without them all is well."""
+    """Where no sequence has keys that are absorbed, the result owes nothing to programs that absorb."""
     batch = batch_of((0, BELOW), (0, 33))
     inputs = inputs_of(split, spec, batch)
     want = split.run(spec, batch, inputs)["out"]
