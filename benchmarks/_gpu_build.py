@@ -2,7 +2,7 @@
 
 DIR/build.json            target, formats, layers
 DIR/checks-f32, -bf16     single kernels on hostile shapes; suite.json says which, and on what batches
-DIR/gemm, experts, mla    kernels at the shapes of models
+DIR/gemm, experts, mla, prompt   kernels at the shapes of models
 DIR/gemm-pointers         large products without tensor descriptors
 DIR/model-FORMAT          the bundled model, a whole artifact, and expected.npz
 DIR/end-FORMAT            an artifact of a large model without its weights

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tokenmill.codegen.reference import operand_width
 from tokenmill.ir import packing, quant
 from tokenmill.ir.plan import (
+    ABSORB_BELOW,
     Buffer,
     Capacity,
     Embed,
@@ -34,7 +35,9 @@ from tokenmill.ir.router import RouterSpec
 from tokenmill.passes.narrow import narrow
 from tokenmill.runtime.batch import Batch
 
-Kind: TypeAlias = Literal["card", "check", "model", "gemm", "experts", "mla", "end to end"]
+Kind: TypeAlias = Literal[
+    "card", "check", "model", "gemm", "experts", "mla", "prompt", "end to end"
+]
 Parts: TypeAlias = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 OURS = "ours "  # how the names of our contenders begin
@@ -59,6 +62,11 @@ LATENT_FORMATS = ("bf16", "int8", "fp8")
 NOPE, ROPE, LATENT, VALUE = 128, 64, 512, 128
 EXPANDED_MOST = 4 << 30  # bytes of keys and values of all heads
 
+CHUNKS = (512, 4096)  # new tokens of a sequence
+BEFORE = (0, 4096)  # and what of it is in the cache already
+CHUNK_FORMATS = ("bf16", "fp8")
+ABSORBED = "absorbed bf16"  # ours, if it did not expand
+
 MODEL_FORMATS = ("bf16", "int4", "fp8")
 MODEL_STEP, MODEL_ROWS, MODEL_PROMPT, MODEL_DECODED = 32, 4, 96, 16
 END_FORMATS = ("bf16", "int4", "fp8")
@@ -78,7 +86,8 @@ _DTYPES = {
 class Case:
     """``contender`` on the problem ``what`` of ``size`` tokens; it may take ``seconds``.
 
-    Ours are step ``step`` of the suite's plan; ``context`` are the keys of each sequence (mla).
+    Ours are step ``step`` of the suite's plan; ``context`` are the keys of each sequence (mla), or those
+    before its new tokens (prompt).
     """
 
     kind: Kind
@@ -101,7 +110,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Suite:
-    """Kernels to build for batches of ``buckets`` tokens.
+    """Kernels to build for batches of ``buckets`` tokens; ``sequences`` at most, or as many as tokens.
 
     With ``pointers``, a program computes one tile of a large product and reads its operands by pointers,
     where it is usual that programs go from tile to tile and have tensor descriptors.
@@ -112,10 +121,12 @@ class Suite:
     buckets: tuple[int, ...]
     positions: int = PAGE
     pointers: bool = False
+    sequences: int = 0
 
     def plan(self) -> Plan:
         """A step per spec on buffers of its own, activations narrowed as in a model's plan."""
-        capacity = Capacity(tokens=max(self.buckets), rows=max(self.buckets))
+        most = max(self.buckets)
+        capacity = Capacity(tokens=most, rows=self.sequences or most)
         return narrow(plan_of(self.specs, capacity, self.positions))
 
 
@@ -142,7 +153,8 @@ def experts_suite() -> Suite:
 
 
 def latent_spec(heads: int, fmt: str) -> LatentAttend:
-    return LatentAttend(heads, NOPE, ROPE, LATENT, VALUE, (NOPE + ROPE) ** -0.5, fmt)
+    scale, below = (NOPE + ROPE) ** -0.5, ABSORB_BELOW["cuda"]
+    return LatentAttend(heads, NOPE, ROPE, LATENT, VALUE, scale, fmt, absorb_below=below)
 
 
 def mla_suite() -> Suite:
@@ -150,8 +162,18 @@ def mla_suite() -> Suite:
     return Suite("mla", specs, SEQUENCES, max(CONTEXTS))
 
 
+def prompt_suite() -> Suite:
+    """Of each number of heads all formats, then one that absorbs whatever comes."""
+    specs: list[KernelSpec] = []
+    for heads in HEADS:
+        specs += [latent_spec(heads, fmt) for fmt in CHUNK_FORMATS]
+        specs.append(replace(latent_spec(heads, "bf16"), absorb_below=1 + max(CHUNKS)))
+    return Suite("prompt", tuple(specs), CHUNKS, max(BEFORE) + max(CHUNKS), sequences=64)
+
+
 SUITES = {
-    suite.name: suite for suite in (gemm_suite(), pointers_suite(), experts_suite(), mla_suite())
+    suite.name: suite
+    for suite in (gemm_suite(), pointers_suite(), experts_suite(), mla_suite(), prompt_suite())
 }
 
 
@@ -239,6 +261,7 @@ def cases() -> list[Case]:
         *gemm_cases(),
         *experts_cases(),
         *mla_cases(),
+        *prompt_cases(),
         *end_cases(),
         *compiled_cases(),
     ]
@@ -286,6 +309,19 @@ def mla_cases() -> Iterator[Case]:
                 yield Case("mla", what, "absorbed bf16", batch, context=context)
                 if 2 * batch * heads * context * (NOPE + ROPE + VALUE) < EXPANDED_MOST:
                     yield Case("mla", what, "expanded sdpa bf16", batch, context=context)
+
+
+def prompt_cases() -> Iterator[Case]:
+    contenders = (*CHUNK_FORMATS, ABSORBED)
+    for i, heads in enumerate(HEADS):
+        for before in BEFORE:
+            what = f"{heads} heads, after {before}"
+            for j, contender in enumerate(contenders):
+                for chunk in CHUNKS:
+                    step = i * len(contenders) + j
+                    yield Case("prompt", what, OURS + contender, chunk, "prompt", step, before, 2)
+            if not before:
+                yield from (Case("prompt", what, "expanded sdpa bf16", chunk) for chunk in CHUNKS)
 
 
 def end_cases() -> Iterator[Case]:

@@ -111,7 +111,7 @@ def compiled_grouped() -> Callable[..., Tensor]:
     return torch.compile(grouped, dynamic=False)
 
 
-# --- latent attention of one token per sequence -----------------------------------------------------
+# --- latent attention -----------------------------------------------------------------------
 
 
 def absorbed(q: Tensor, latents: Tensor, w_uk: Tensor, w_uv: Tensor, scale: float) -> Tensor:
@@ -123,14 +123,16 @@ def absorbed(q: Tensor, latents: Tensor, w_uk: Tensor, w_uv: Tensor, scale: floa
     return torch.einsum("bhl,hvl->bhv", mixed, w_uv)
 
 
-def expanded(batch: int, heads: int, context: int) -> Work:
-    """torch's attention over keys and values of every head, which others cache."""
+def expanded(batch: int, heads: int, context: int, queries: int = 1) -> Work:
+    """torch's attention over keys and values of every head, which others cache; of the last ``queries``."""
 
     def draw(tokens: int, width: int) -> Tensor:
         return torch.randn(batch, heads, tokens, width, dtype=torch.bfloat16, device=DEVICE)
 
-    q, key, value = draw(1, NOPE + ROPE), draw(context, NOPE + ROPE), draw(context, VALUE)
-    return functools.partial(F.scaled_dot_product_attention, q, key, value)
+    q, key, value = draw(queries, NOPE + ROPE), draw(context, NOPE + ROPE), draw(context, VALUE)
+    causal = queries > 1
+    assert not causal or queries == context, "torch counts the first queries of such a mask"
+    return functools.partial(F.scaled_dot_product_attention, q, key, value, is_causal=causal)
 
 
 # --- a whole model ----------------------------------------------------------------------------------

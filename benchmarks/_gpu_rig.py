@@ -24,6 +24,7 @@ from tokenmill.runtime.schedule import Binary, Launch, Scratch
 from torch import Tensor
 
 L2_BYTES = 50 << 20  # what repeated reads must not find there
+COPIES_MOST = 16
 GRAPH_SECONDS, REPEATS_MOST, REPLAYS = 3e-3, 128, 5
 INT8_SPREAD, INT4_SPREAD, E4M3_SPREAD = 73.6, 4.6, 64.0  # standard deviations of random values
 CHUNK = 1 << 26  # values that are drawn at once
@@ -213,7 +214,7 @@ def counts(memory: Memory, tokens: int, rows: int = 0, sequences: int = 1) -> di
 
 def copies(nbytes: int) -> int:
     """How many copies of an operand it takes so that none is in the cache when it is read again."""
-    return max(1, min(16, math.ceil(3 * L2_BYTES / max(nbytes, 1))))
+    return max(1, min(COPIES_MOST, math.ceil(3 * L2_BYTES / max(nbytes, 1))))
 
 
 def seconds(

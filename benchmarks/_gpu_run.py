@@ -40,7 +40,7 @@ from _gpu_cases import (
     model_batches,
     weight_parts,
 )
-from _gpu_rig import Memory, Rig, copies, counts, inputs_of, seconds
+from _gpu_rig import COPIES_MOST, Memory, Rig, copies, counts, inputs_of, seconds
 from tokenmill.codegen import reference
 from tokenmill.ir import cache, quant
 from tokenmill.ir.plan import Experts, LatentAttend, Linear, load
@@ -76,6 +76,7 @@ class Bench:
             "gemm": self._gemm if case.ours else self._gemm_peer,
             "experts": self._experts if case.ours else self._experts_peer,
             "mla": self._mla if case.ours else self._mla_peer,
+            "prompt": self._mla if case.ours else self._prompt_peer,
             "end to end": self._end if case.ours else self._end_peer,
         }
         return works[case.kind](case)
@@ -240,8 +241,13 @@ class Bench:
         step = rig.plan.steps[case.step]
         spec = step.spec
         assert isinstance(spec, LatentAttend)
-        each = -(-case.context // PAGE)
+        # A token of each of many sequences, or the newest ones of one.
+        sequences, new, keys = case.size, 1, case.context
         pages = max(SEQUENCES) * max(CONTEXTS) // PAGE
+        if case.kind == "prompt":
+            sequences, new, keys = 1, case.size, case.context + case.size
+            pages = COPIES_MOST * -(-rig.plan.positions // PAGE)
+        each = -(-keys // PAGE)
         with self.device.stream():
             rows = self._keep(
                 (case.suite, spec.cache_format), lambda: self.data.cache(spec.cache, pages)
@@ -250,28 +256,31 @@ class Bench:
             weights = memory.weights(spec)
             q = memory.normal((case.size, spec.heads * (NOPE + ROPE)), torch.bfloat16)
             out = memory.normal((case.size, spec.heads * VALUE), torch.bfloat16)
-            positions = torch.full((case.size,), case.context - 1, dtype=torch.int32)
+            positions = torch.arange(keys - new, keys, dtype=torch.int32).repeat(sequences)
             given = {
                 "q": q, "out": out, "cache": rows, **weights,
-                **counts(memory, case.size, case.size, case.size),
+                **counts(memory, case.size, case.size, sequences),
                 "positions": memory.put(positions),
-                "starts": memory.put(torch.arange(case.size + 1, dtype=torch.int32)),
+                "starts": memory.put(new * torch.arange(sequences + 1, dtype=torch.int32)),
             }  # fmt: skip
-            read = case.size * case.context * spec.cache.row_bytes
+            read = sequences * keys * spec.cache.row_bytes
             tables = [
-                _table(pages, case.size, each, rig.table_pitch, seed)
+                _table(pages, sequences, each, rig.table_pitch, seed)
                 for seed in range(copies(read))
             ]
             works = [
                 self._group(rig, case, {**given, "block_table": memory.put(t)}) for t in tables
             ]
             flops = _mla_flops(spec.heads, case.size, case.context)
+            if case.kind == "prompt":
+                flops = _prompt_flops(spec.heads, new, case.context, expanding=True)
             found = self._measured(works, flops, read + _bytes(q, out, *weights.values()))
             found["latent_gb_per_s"] = read / found["seconds"] / 1e9
             works[0]()
             self.device.wait()
+            # Each as if it were a sequence of one token.
             at = _sample(case.size, 2)
-            table = tables[0][at, :each]
+            table = tables[0][at // new, :each]
             small = rows[table.flatten().long().to(rows.device)].cpu()
             batch = cache.Batch(
                 positions[at],
@@ -282,6 +291,15 @@ class Bench:
             operands |= {"q": q[at].cpu(), "cache": small}
             want = reference.run(spec, operands, batch, "cuda")["out"]
             return found | _judged(out[at], want)
+
+    def _prompt_peer(self, case: Case) -> Result:
+        heads = int(case.what.split()[0])
+        each = 2 * heads * case.size * 2 * (NOPE + ROPE + VALUE)  # of queries and results too
+        self._keep(case.name, lambda: None)
+        with self.device.stream():
+            works = [peers.expanded(1, heads, case.size, case.size) for _ in range(copies(each))]
+            flops = _prompt_flops(heads, case.size, 0, expanding=False)
+            return self._measured(works, flops, each, peers.record)
 
     def _mla_peer(self, case: Case) -> Result:
         heads = int(case.what.split()[0])
@@ -445,6 +463,13 @@ def _table(pages: int, sequences: int, each: int, pitch: int, seed: int) -> Torc
 def _mla_flops(heads: int, batch: int, context: int) -> float:
     attend = context * (2 * LATENT + ROPE)
     return 2 * batch * heads * (attend + LATENT * (NOPE + VALUE))
+
+
+def _prompt_flops(heads: int, new: int, before: int, expanding: bool) -> float:
+    """Of keys and values of every head, and of making those of the ``new`` tokens."""
+    pairs = new * before + new * (new + 1) // 2
+    expansion = new * LATENT * (NOPE + VALUE) if expanding else 0
+    return 2 * heads * (pairs * (NOPE + ROPE + VALUE) + expansion)
 
 
 def _judged(got: TorchTensor, want: TorchTensor) -> Result:

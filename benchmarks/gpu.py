@@ -3,8 +3,8 @@
     python benchmarks/gpu.py build -o build/gpu [--target sm_90] [--only NAME]... [--layers 27]
     python benchmarks/gpu.py run build/gpu --json FILE [--only TEXT]... [--seconds 420] [--sanitize]
 
-``build`` needs no GPU: it emits and cross-compiles some 920 kernels into the directory (57 MiB, see
-_gpu_build.py), which takes about seven minutes on two cores; --only names its parts (gemm, model-bf16, ...).
+``build`` needs no GPU: it emits and cross-compiles some 1050 kernels into the directory (65 MiB, see
+_gpu_build.py), which takes about eight minutes on two cores; --only names its parts (gemm, model-bf16, ...).
 ``run`` needs a card, torch, cuda.core and, for the last lines, transformers; neither Triton nor what compiles
 models, and tokenmill need not be installed.  --only is a part of the name of a case (check/, ours fp8, ...).
 Cases are carried out in a process of their own, the most important first.  One that crashes, hangs or loses
@@ -16,6 +16,8 @@ the status is 1 if something of ours is wrong or failed, 2 where there is no car
     gemm        products at DeepSeek-V3's shapes, next to cuBLAS and torch's FP8
     experts     router and experts of two mixtures, next to torch's grouped products
     mla         a token per sequence over a paged cache of latents, next to torch
+    prompt      a chunk of one sequence over such a cache, expanded, next to ours absorbed and to torch's
+                attention over keys and values that are there already
     end to end  a DeepSeek-V2-Lite of random weights: prompt of 512 tokens, 1 and 32 sequences, wall clock,
                 next to transformers
 
@@ -320,6 +322,7 @@ def show(result: dict[str, Any], width: int = 150) -> None:
         ("gemm", "gemm N x K, by rows"),
         ("experts", "experts, by tokens"),
         ("mla", "mla heads, context, by sequences"),
+        ("prompt", "mla heads, context, by new tokens"),
     ):
         _grid(console, title, [row for row in rows if row["kind"] == kind])
     _end(console, [row for row in rows if row["kind"] == "end to end"])

@@ -256,6 +256,12 @@ class Attend:
         return gqa_cache("", self.cache_format, self.heads_kv, self.head_dim, self.value_dim)
 
 
+# What ``LatentAttend.absorb_below`` is on a device.  Counting the expansion, absorbed attention of Sq queries
+# and Skv keys takes fewer operations for Sq < 171 (1 - Sq / Skv).  On a GPU buckets with room for a longer
+# chunk have launches for it, which a step of many sequences with a token each is spared.
+ABSORB_BELOW: dict[Device, int] = {"cpu": 128, "cuda": 256}
+
+
 @dataclass(frozen=True)
 class LatentAttend:
     """Multi-head latent attention over a paged cache of latents [latent] and shared rotary keys [rope].
@@ -275,7 +281,7 @@ class LatentAttend:
     scale: float
     cache_format: str
     up_format: Literal["fp32", "bf16", "int8"] = "bf16"
-    absorb_below: int = 128
+    absorb_below: int = ABSORB_BELOW["cpu"]
 
     @property
     def params(self) -> tuple[str, ...]:

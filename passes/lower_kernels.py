@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from ..errors import NotLowered, TokenMixing
 from ..ir import ops, plan, quant
-from ..ir.plan import Operand, Shaped, gqa_cache, latent_cache
+from ..ir.plan import ABSORB_BELOW, Operand, Shaped, gqa_cache, latent_cache
 from ..ir.program import is_weight, shape, where
 from ..ir.quant import parse
 from .base import mill
@@ -161,7 +161,9 @@ def _cached_latent_attention(low: Lowering, node: fx.Node) -> None:
     heads, nope, value = _heads(q), shape(w_uk[0])[-2], shape(w_uv[0])[-2]
     parts = latent_cache("", cache_format, rank, rope).parts
     _cache_write(low, node, plan.CacheWrite(cache_format, parts), cache, latent, k_rope)
-    spec = plan.LatentAttend(heads, nope, rope, rank, value, scale, cache_format, format)
+    spec = plan.LatentAttend(
+        heads, nope, rope, rank, value, scale, cache_format, format, ABSORB_BELOW[low.device]
+    )
     bind = {"q": low.operand(q), "cache": low.operand(cache)}
     # W_UK is read along its other dim: absorbed queries are sums over what a key head adds up to.
     bind["w_uk_" + parse(format).parts[0]] = low.matrix(w_uk[0], "w", format, nope, turned=True)

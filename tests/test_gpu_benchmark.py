@@ -102,7 +102,8 @@ def test_names_are_distinct_and_steps_are_of_their_format():
     for suite in gpu_cases.SUITES.values():
         for case in found:
             if case.suite == suite.name:
-                spec, fmt = suite.specs[case.step], case.contender.split()[1]
+                fmt = case.contender.removesuffix(" pointers").split()[-1]
+                spec = suite.specs[case.step]
                 assert case.size in suite.buckets
                 match spec:
                     case Linear():
@@ -114,6 +115,8 @@ def test_names_are_distinct_and_steps_are_of_their_format():
                     case LatentAttend():
                         assert case.what.startswith(f"{spec.heads} heads")
                         assert spec.cache_format == fmt
+                        absorbs = spec.absorb_below > max(gpu_cases.CHUNKS)
+                        assert absorbs == ("absorbed" in case.contender)
 
 
 # --- building ---------------------------------------------------------------------------------------
@@ -256,6 +259,23 @@ def test_latent_attention_is_right(tmp_path, device, monkeypatch, fmt):
     case = Case("mla", "4 heads, 100", f"ours {fmt}", 2, "tiny", 0, 100)
     figures = performed(tmp_path, device, [case])[case.name]
     assert figures["passed"], figures
+
+
+@pytest.mark.parametrize("below", [4, 100], ids=["expanded", "absorbed"])
+def test_a_chunk_of_a_prompt_is_right(tmp_path, device, monkeypatch, below):
+    for name, value in {"NOPE": 16, "ROPE": 8, "LATENT": 32, "VALUE": 16}.items():
+        monkeypatch.setattr(gpu_run, name, value)
+    monkeypatch.setattr(gpu_run, "seconds", once)
+    monkeypatch.setattr(gpu_run, "COPIES_MOST", 2)
+    spec = LatentAttend(4, 16, 8, 32, 16, 0.2, "bf16", absorb_below=below)
+    suite = Suite("tiny", (spec,), (8,), 128, sequences=2)
+    gpu_build.build_suite(tmp_path / "tiny", "sm_90", suite, named)
+    for before in (0, 70):
+        case = Case("prompt", f"4 heads, after {before}", "ours bf16", 8, "tiny", 0, before)
+        figures = performed(tmp_path, device, [case])[case.name]
+        assert figures["passed"], figures
+        pairs = 8 * before + 36
+        assert figures["flops"] == 2 * 4 * (40 * pairs + 8 * 32 * 32)
 
 
 def test_a_case_that_fails_leaves_the_others_alone(tmp_path, device):

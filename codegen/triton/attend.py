@@ -245,7 +245,7 @@ def $symbol(
     GROUP_TILES: tl.constexpr = (GROUP + GROUP_TILE - 1) // GROUP_TILE
     DIM: tl.constexpr = $dim
     VALUE: tl.constexpr = $value
-    sequence, first, queries = tile_of(
+    sequence, first, queries = query_tile(
         tl.program_id(0), starts_ptr, tl.load(sequences_ptr), QUERIES, SEQUENCES
     )
     if queries <= 0:

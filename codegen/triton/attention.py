@@ -4,12 +4,17 @@ A tile of attention is some consecutive queries of one sequence with some heads 
 rows are the pairs (query, head).  A sequence's keys are walked in blocks; where a launch has SPLITS > 1,
 several programs share the blocks of a tile, each leaves what it found with the log-sum-exp of its scores
 (to base 2), and a second kernel joins them.
+
+Latent attention treats a sequence by the number of its new tokens.  Of LONG or more the keys and values are
+expanded and attended by themselves, and what stands before them in the cache, if anything, is attended
+absorbed, as all keys of other sequences are.  Then only some sequences need a kernel, and its programs pass
+over tiles and tokens of others.
 """
 
 import triton
 import triton.language as tl
 
-from .support import decode_fp8
+from .support import decode_fp8, to
 
 NOTHING: tl.constexpr = tl.constexpr(float("-inf"))
 
@@ -23,7 +28,7 @@ def sequence_of(token, starts_ptr, sequences, SEQUENCES: tl.constexpr):
 
 
 @triton.jit
-def tile_of(at, starts_ptr, sequences, QUERIES: tl.constexpr, SEQUENCES: tl.constexpr):
+def query_tile(at, starts_ptr, sequences, QUERIES: tl.constexpr, SEQUENCES: tl.constexpr):
     """The sequence of tile ``at``, the tile's first token, and how many it has (none or less: no such tile).
 
     The tiles of sequence b begin at (starts[b] + b (QUERIES - 1)) // QUERIES: there is room before the next
@@ -36,6 +41,56 @@ def tile_of(at, starts_ptr, sequences, QUERIES: tl.constexpr, SEQUENCES: tl.cons
     end = tl.load(starts_ptr + sequence + 1, sequence >= 0, 0)
     first = start + (at - (start + sequence * (QUERIES - 1)) // QUERIES) * QUERIES
     return sequence, first, tl.minimum(end - first, QUERIES)
+
+
+@triton.jit
+def spans_of(positions_ptr, starts_ptr, sequences_ptr, SEQUENCES: tl.constexpr):
+    """First token of each sequence, the one after its last, and how many keys it had before: [SEQUENCES]."""
+    b = tl.arange(0, SEQUENCES)
+    there = b < tl.load(sequences_ptr)
+    begin = tl.load(starts_ptr + b, there, 0)
+    end = tl.load(starts_ptr + 1 + b, there, 0)
+    return begin, end, tl.load(positions_ptr + begin, begin < end, 0)
+
+
+@triton.jit
+def absorbs(begin, end, before, LONG: tl.constexpr):
+    """Whether keys of a sequence are attended absorbed."""
+    return (begin < end) & ((end - begin < LONG) | (before > 0))
+
+
+@triton.jit
+def any_token(first, COUNT: tl.constexpr, begin, end, chosen):
+    """Whether one of COUNT tokens from ``first`` on is of a chosen sequence."""
+    inside = chosen & (begin < first + COUNT) & (end > first)
+    return tl.max(inside.to(tl.int32), 0) > 0
+
+
+@triton.jit
+def tiles_until(begin, end, chosen, QUERIES: tl.constexpr):
+    """How many tiles of QUERIES tokens the chosen sequences have, each with those before it: [SEQUENCES]."""
+    return tl.cumsum(tl.where(chosen, tl.cdiv(end - begin, QUERIES), 0), 0)
+
+
+@triton.jit
+def chosen_tile(at, tiles, starts_ptr, QUERIES: tl.constexpr):
+    """Tile ``at`` of ``tiles_until``: its sequence, that one's first token and the one after its last, the
+    tile's first token, and how many it has (none: no such tile)."""
+    there = at < tl.max(tiles, 0)
+    sequence = tl.sum((tiles <= at).to(tl.int32), 0)
+    start = tl.load(starts_ptr + sequence, there, 0)
+    end = tl.load(starts_ptr + sequence + 1, there, 0)
+    first = start + (at - tl.max(tl.where(tiles <= at, tiles, 0), 0)) * QUERIES
+    return sequence, start, end, first, tl.where(there, tl.minimum(end - first, QUERIES), 0)
+
+
+@triton.jit
+def pairs_of(queries, part, HEADS: tl.constexpr, ROWS: tl.constexpr, HEADS_TILE: tl.constexpr):
+    """Query and head of each row of a tile with part ``part`` of the heads, and whether they are real."""
+    row = tl.arange(0, ROWS)
+    query = row // HEADS_TILE
+    head = part * HEADS_TILE + row % HEADS_TILE
+    return query, head, (query < queries) & (head < HEADS)
 
 
 @triton.jit
@@ -94,6 +149,13 @@ def load_rows(
 
 
 @triton.jit
+def store_rows(row_ptr, tile, inside, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr):
+    """The first WIDTH columns of ``tile`` [rows, WIDTH_BLOCK] to where each pointer points."""
+    cols = tl.arange(0, WIDTH_BLOCK)[None, :]
+    tl.store(row_ptr[:, None] + cols, to(tile, row_ptr), inside[:, None] & (cols < WIDTH))
+
+
+@triton.jit
 def visible(score, keys, positions, WINDOW: tl.constexpr):
     """``score`` [rows, keys] where a query at its position sees the key, else -inf."""
     seen = keys[None, :] <= positions[:, None]
@@ -119,6 +181,14 @@ def softmax_step(score, peak, total, MASKED: tl.constexpr):
 def log_total(peak, total):
     """Log-sum-exp of the scores of each row, -inf where it saw no key."""
     return tl.where(total == 0.0, NOTHING, peak + tl.log2(total))
+
+
+@triton.jit
+def log_joined(lse):
+    """Log-sum-exp of what the splits [rows, splits] of each row saw."""
+    peak = tl.max(lse, 1)
+    base = tl.where(peak == NOTHING, 0.0, peak)
+    return log_total(base, tl.sum(tl.exp2(lse - base[:, None]), 1))
 
 
 @triton.jit

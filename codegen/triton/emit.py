@@ -52,7 +52,7 @@ EMITTERS: dict[str, ModuleType] = {
 # Files of device functions that are copied as they are, and which kinds of kernels call them.
 SUPPORT = {
     "support": frozenset(KINDS),
-    "matmul": frozenset(("linear", "experts")),
+    "matmul": frozenset(("linear", "experts", "latent_attend")),
     "attention": frozenset(("attend", "cache_write", "latent_attend")),
 }
 SCHEDULE = "schedule.json"

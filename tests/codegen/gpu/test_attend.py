@@ -126,7 +126,7 @@ def test_a_token_is_the_same_alone(kernels: Interpreted, spec: Attend) -> None:
     sharing=st.integers(1, 80),
 )
 def test_there_is_room_for_every_tile(tokens: list[int], rows: int, sharing: int) -> None:
-    """The arithmetic of ``tile_of``: sequences do not meet, and the grid has all of them."""
+    """The arithmetic of ``query_tile``: sequences do not meet, and the grid has all of them."""
     tile = Tile.of(rows, sharing)
     starts = [sum(tokens[:b]) for b in range(len(tokens) + 1)]
     begins = [(start + b * (tile.queries - 1)) // tile.queries for b, start in enumerate(starts)]

@@ -24,6 +24,7 @@ from tokenmill.ir.plan import (
     Device,
     Embed,
     Experts,
+    LatentAttend,
     Linear,
     Norm,
     Plan,
@@ -295,6 +296,27 @@ def test_many_tokens_multiply_fp8_experts_in_e4m3(target: str) -> None:
     for name in products:
         assert "_e4m3." in name
         assert built.binaries[name].tensor_cores == [core]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_expanded_attention_of_wide_heads_compiles(target: str) -> None:
+    """DeepSeek-V3's sizes: keys and values are made and attended on tensor cores, and little is spilled."""
+    spec = LatentAttend(128, 128, 64, 512, 128, 0.1, "fp8", absorb_below=128)
+    files = Emitted((spec,), target, column=0).files
+    schedule = json.loads(files["schedule.json"])
+    last = schedule["groups"][schedule["buckets"][-1]["steps"][0]]
+    schedule["binaries"] = [
+        b for b in schedule["binaries"] if b["name"] in {launch["binary"] for launch in last[-3:]}
+    ]
+    assert {b["function"].rpartition("_")[2] for b in schedule["binaries"]} == {
+        "expand",
+        "expanded",
+    }
+    built = build_gpu(files | {"schedule.json": json.dumps(schedule)}, parse_target(target))
+    for name, binary in built.binaries.items():
+        expected = {"sm_90": "wgmma bf16", "sm_100": "tcgen05 f16"}.get(target, "mma bf16")
+        assert binary.tensor_cores == [expected]
+        assert binary.local_bytes <= 256, f"{name} spills {binary.local_bytes} bytes"
 
 
 @pytest.mark.parametrize("target", TARGETS)

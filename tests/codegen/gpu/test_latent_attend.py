@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,18 +15,16 @@ from .interpreter import Interpreted
 
 # What is empty or idle is 0 / 0 here as on a GPU, and is not stored.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-# Kernels for a GPU absorb however many queries there are.
-SPECS = tuple(replace(spec, absorb_below=1000) for spec in LATENTS)
-FP8 = tuple(spec for spec in SPECS if spec.cache_format == "fp8")
-TILED = LatentAttend(
-    3, 16, 8, 300, 16, 0.2, "int8", "int8", absorb_below=1000
-)  # three scales a row
+FP8 = tuple(spec for spec in LATENTS if spec.cache_format == "fp8")
+TILED = LatentAttend(3, 16, 8, 300, 16, 0.2, "int8", "int8", absorb_below=9)  # three scales a row
+SPECS = (*LATENTS, TILED)
+BELOW = 9  # of most
 
 
 @pytest.fixture(scope="module", params=["f32", "bf16"])
 def kernels(request: pytest.FixtureRequest) -> Interpreted:
     column = 3 if request.param == "f32" else 0
-    return Interpreted((*SPECS, TILED), dtype=request.param, column=column)
+    return Interpreted(SPECS, dtype=request.param, column=column)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +69,58 @@ def test_several_queries_of_a_sequence(kernels: Interpreted, spec: LatentAttend)
 
 @pytest.mark.parametrize("spec", FP8, ids=str)
 def test_fp8_by_its_bits_matches_too(without_fp8: Interpreted, spec: LatentAttend) -> None:
-    check(without_fp8, spec, *BATCHES["decode"])
+    check(without_fp8, spec, (5, 1), (63, 1), (64, 1), (60, 9), (200, 1))
+
+
+@pytest.mark.parametrize("spec", [SPECS[0], *SPECS[3:5], SPECS[8], TILED], ids=str)
+def test_long_chunks_are_expanded(kernels: Interpreted, spec: LatentAttend) -> None:
+    """One query too few, enough and one more, beside a token; keys before a chunk stay absorbed."""
+    few, enough, more = BELOW - 1, BELOW, BELOW + 1
+    check(
+        kernels, spec, (3, few), (130, 1), (0, enough), (0, 0), (62, more), (0, few), (64, enough)
+    )
+
+
+def test_a_chunk_of_several_tiles(split: Interpreted) -> None:
+    """With keys that a tile sees whole, and splits of what stands before it."""
+    check(split, SPECS[4], (200, 140), (0, 7), (63, 40))
+
+
+def test_single_tokens_may_be_expanded_too(split: Interpreted) -> None:
+    check(split, SPECS[5], (63, 1), (0, 3))
+
+
+def test_steps_that_hold_no_long_chunk_are_spared(kernels: Interpreted) -> None:
+    """Buckets below the threshold launch what absorbs, and no more; others the same for some tokens."""
+    step = kernels.index(SPECS[1])
+    groups, binaries = kernels.schedule["groups"], kernels.schedule["binaries"]
+    functions = {binary["name"]: binary["function"] for binary in binaries}
+    for bucket in kernels.schedule["buckets"]:
+        names = [functions[launch["binary"]] for launch in groups[bucket["steps"][step]]]
+        ends = [name.partition(f"_{SPECS[1].cache_format}")[2] for name in names]
+        ends = [end for end in ends if "join" not in end]
+        if bucket["tokens"] < BELOW:
+            assert ends == ["_lower", "", "_raise"]
+        else:
+            absorbed = ["_lower_some", "_some", "_raise_some"]
+            assert ends == [*absorbed, "_gather", "_expand", "_expand", "_expanded"]
+
+
+@pytest.mark.parametrize("spec", [SPECS[1], FP8[0]], ids=str)
+def test_a_prompt_takes_nothing_absorbed(
+    split: Interpreted, spec: LatentAttend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs that absorb write something only if a sequence had keys before its chunk."""
+    functions = {binary["name"]: binary["function"] for binary in split.schedule["binaries"]}
+    absorbing = [
+        [launch for launch in group if functions[launch["binary"]].endswith("_some")]
+        for group in split.schedule["groups"]
+    ]
+    monkeypatch.setattr(split, "schedule", {**split.schedule, "groups": absorbing})
+    for past in (0, 5):
+        batch = batch_of((past, BELOW), (0, 33))
+        split.run(spec, batch, inputs_of(split, spec, batch))
+        assert bool((split.scratch != 255).any()) == (past > 0)
 
 
 @pytest.mark.parametrize("spec", [SPECS[1], SPECS[4], FP8[1]], ids=str)
@@ -94,7 +141,8 @@ def test_a_long_context(split: Interpreted) -> None:
 @settings(max_examples=5, deadline=None, derandomize=True)
 @given(
     sequences=st.lists(
-        st.tuples(st.sampled_from((0, 1, 63, 64, 130)), st.integers(0, 5)), max_size=3
+        st.tuples(st.sampled_from((0, 1, 63, 64, 130)), st.sampled_from((0, 1, 5, 8, 9, 12))),
+        max_size=3,
     ),
     seed=st.integers(0, 9),
 )
