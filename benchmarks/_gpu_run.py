@@ -447,7 +447,7 @@ def _mla_flops(heads: int, batch: int, context: int) -> float:
 
 
 def _judged(got: TorchTensor, want: TorchTensor) -> Result:
-    error = checks.row_error(got, want)
+    error = reference.row_error(got, want)
     return {"error": error, "bound": checks.NARROW, "passed": error <= checks.NARROW}
 
 

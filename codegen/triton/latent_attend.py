@@ -12,7 +12,7 @@ from ...ir import quant
 from ...ir.cache import FORMATS
 from ...ir.plan import LatentAttend
 from ..text import fill
-from .attend import LEAST_KEYS, LOG2_E, Shape, Tile, fit, padded, splits, warp_groups
+from .attend import LEAST_KEYS, LOG2_E, Shape, Tile, fit, padded, splits, walk, warp_groups
 from .cache_write import Arg, cache_args, cache_pointers, pitch, pointer_to
 from .launch import Group, Launch, Site, ceil_div, power_of_2
 
@@ -119,36 +119,48 @@ def _math(fmt: str) -> str:
 def shape_of(site: Site) -> Shape:
     spec = site.spec
     assert isinstance(spec, LatentAttend)
-    columns = [padded(place.part.width) for place in spec.cache.places]
-    sizes = [FORMATS[place.format] for place in spec.cache.places]
-    size, width = FORMATS[spec.cache_format], sum(columns)
+    width = sum(padded(place.part.width) for place in spec.cache.places)
     # The heads of one query, and more queries where a bucket may hold long prompts.
     rows = max(16, power_of_2(spec.heads)) if site.bucket.tokens < 64 else 64
     rows = min(rows, 64 if width <= 320 or site.target.shared_bytes > 128 * 1024 else 32)
     blocks: tuple[int, ...] = (64, 32, 16) if warp_groups(site.target, rows) else (32, 16)
-    if size == 4:
+    if spec.cache_format == "fp32":
         rows, blocks = 16, (16,)  # no tensor cores for such products
     for block in blocks:
-        held = rows * width * max(2, size)
-        # Bytes are widened to bf16 before they are multiplied.
-        held += block * sum(2 * n for n, each in zip(columns, sizes, strict=True) if each == 1)
-        loaded = block * sum(n * each for n, each in zip(columns, sizes, strict=True))
-        stages, resident = fit(site.target, rows, held, loaded)
+        stages, resident = fit(site.target, rows, *_bytes(spec, rows, block))
         if stages >= 2:
             break
     warps = max(4, min(8, rows // 4))
     return Shape(Tile.of(rows, spec.heads), block, warps, max(1, stages), resident)
 
 
+def _bytes(spec: LatentAttend, rows: int, block: int) -> tuple[int, int]:
+    """What a tile of ``rows`` holds in shared memory, and what a block of latents and keys takes."""
+    columns = [padded(place.part.width) for place in spec.cache.places]
+    sizes = [FORMATS[place.format] for place in spec.cache.places]
+    held = rows * sum(columns) * max(2, FORMATS[spec.cache_format])
+    # Bytes are widened to bf16 before they are multiplied.
+    held += block * sum(2 * n for n, each in zip(columns, sizes, strict=True) if each == 1)
+    return held, block * sum(n * each for n, each in zip(columns, sizes, strict=True))
+
+
 def launches(site: Site) -> Group:
     spec = site.spec
     assert isinstance(spec, LatentAttend)
-    shape = shape_of(site)
-    tile, most = shape.tile, shape.tile.most(site.bucket)
-    parts = ceil_div(spec.heads, tile.heads)
-    shares = splits(site, most * parts, shape)
     latents, ropes = pieces_of(spec)
-    exact = spec.cache_format == "fp32"
+    exact, shape = spec.cache_format == "fp32", shape_of(site)
+    programs = shape.tile.most(site.bucket) * ceil_div(spec.heads, shape.tile.heads)
+    columns = sum(padded(piece.width) for piece in latents)
+    sizes = walk(
+        site,
+        shape,
+        splits(site, programs, shape),
+        lambda rows, block: _bytes(spec, rows, block),
+        columns,
+        exact,
+    )
+    tile, shares = Tile.of(sizes.rows, spec.heads), sizes.splits
+    most, parts = tile.most(site.bucket), ceil_div(spec.heads, tile.heads)
     latent_q = ("scratch.q", "*fp32" if exact else "*bf16")
     mixed = ("scratch.mixed", "*fp32" if spec.up_format == "fp32" else "*bf16")
     if mixed[1] == latent_q[1]:
@@ -160,11 +172,11 @@ def launches(site: Site) -> Group:
         "ROWS": tile.rows,
         "QUERIES": tile.queries,
         "HEADS_TILE": tile.heads,
-        "BLOCK": shape.block,
+        "BLOCK": sizes.block,
         "LATENT_BLOCK": padded(latents[0].width),
         "ROPE_BLOCK": padded(ropes[0].width),
         "SPLITS": shares,
-        "LEAST": ceil_div(LEAST_KEYS, shape.block),
+        "LEAST": ceil_div(LEAST_KEYS, sizes.block),
         "UNMASKED": tile.queries > 1,
     }
     args: list[Arg] = [
@@ -172,7 +184,7 @@ def launches(site: Site) -> Group:
         "positions", "starts", "block_table", "count.sequences",
     ]  # fmt: skip
     attend = site.launch(
-        site.symbol, (most, parts, shares), args, constants, shape.warps, shape.stages
+        site.symbol, (most, parts, shares), args, constants, sizes.warps, sizes.stages
     )
     pairs = site.rows * spec.heads
     scratch = {

@@ -1,31 +1,40 @@
-"""Sizes that matrix products are cut into, per target: the one place to change them.
+"""Sizes that the work of a kernel is cut into, per target: the one place to change them.
 
-``tiles/<target>.json`` has those that were measured, by kernel and by the most rows of a launch:
+``tiles/<target>.json``, and a table of the user's own before it, has those that were measured, by kernel and
+by the most rows of a launch (``tokenmill tune`` writes such tables):
 
     {"linear_n2112_k7168_fp8": {"16": {"block_m": 16, "block_n": 64, "block_k": 128, "splits": 4}}}
 
-For all others :func:`gemm` works them out.  Few rows: what counts is how fast the weights stream, so blocks
-are narrow, many, and have many loads in flight.  Many rows: what counts is reuse, so tiles are large, as long
-as there are enough of them for every multiprocessor.
+All others are worked out.  For products :func:`rule` does it.  Few rows: what counts is how fast the weights
+stream, so blocks are narrow, many, and have many loads in flight.  Many rows: what counts is reuse, so tiles
+are large, as long as there are enough of them for every multiprocessor.
 """
 
 from __future__ import annotations
 
+import heapq
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
+from ...errors import BadRecipe
 from ...ir import quant
 from .launch import ceil_div, power_of_2
 from .target import GpuTarget
 
 STREAMED_ROWS = 64  # up to so many rows a product is bound by reading its weights
 LEAST_INPUTS = 512  # of one split
+SYSTEM = 2048  # bytes of shared memory that the system takes
 JOIN = 400  # joining splits takes about as long as multiplying so many inputs
 # Tiles for many rows, and about what share of its speed a tensor core reaches with them.
 LARGE = {(128, 256): 1.0, (128, 128): 0.9, (64, 128): 0.75, (64, 64): 0.55}
+
+SUMS_MOST = 128  # fp32 sums that a thread holds
+REGISTERS_MOST = 160  # of a thread, for sums and for decoded weights, two to a register
+OPTIONS_MOST = 40  # that are worth measuring for one launch
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,115 @@ class Gemm:
 
 
 @dataclass(frozen=True)
+class Walk:
+    """One block attends with ``rows`` pairs of query and head to ``block`` keys at a time.
+
+    ``splits`` blocks share the keys of one tile.
+    """
+
+    rows: int
+    block: int
+    splits: int = 1
+    warps: int = 4
+    stages: int = 2
+
+
+T = TypeVar("T", Gemm, Walk)
+# Kernel -> the most rows of a launch -> fields of its Gemm or Walk.
+Table: TypeAlias = Mapping[str, Mapping[str, Mapping[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """What was measured for a target: ``table``, and where it says nothing the one that comes along."""
+
+    target: GpuTarget
+    table: Table = field(default_factory=dict)
+
+    def choose(self, kernel: str, rows: int, rule: T, options: Callable[[], list[T]]) -> T:
+        """The sizes of a kernel's launches for at most ``rows`` rows, ``rule`` if none were measured.
+
+        ``options`` are those worth measuring, the most promising first; whoever tunes asks for them.
+        """
+        for table in (self.table, _shipped(self.target.name)):
+            if found := table.get(kernel, {}).get(str(rows)):
+                return type(rule)(**found)
+        return rule
+
+
+@cache
+def _shipped(name: str) -> Table:
+    found: Table = json.loads(files(__package__).joinpath("tiles", f"{name}.json").read_text())[
+        "tiles"
+    ]
+    return found
+
+
+def check_table(target: str, table: Table) -> None:
+    """Raise BadRecipe for the first entry that no kernel can be cut by."""
+    for kernel, launches in table.items():
+        for rows, entry in launches.items():
+            kind = Walk if kernel.startswith(("attend_", "latent_attend_")) else Gemm
+            if reason := _mistake(kind, rows, entry):
+                names = ", ".join(f.name for f in fields(kind))
+                raise BadRecipe(
+                    where=f"tiles for {target}, {kernel}, {rows}",
+                    reason=reason,
+                    advice=f"its fields are {names}; `tokenmill tune` writes tables that fit",
+                )
+
+
+def _mistake(kind: type[Gemm | Walk], rows: str, entry: Mapping[str, Any]) -> str | None:
+    if not rows.isdecimal() or rows != str(int(rows)) or rows == "0":
+        return "the most rows of a launch are a number above 0"
+    if unknown := sorted(entry.keys() - {f.name for f in fields(kind)}):
+        return f"unknown field {unknown[0]!r}"
+    try:
+        found = asdict(kind(**entry))
+    except TypeError as error:
+        return str(error).replace(f"{kind.__name__}.__init__()", "it")
+    for name, value in found.items():
+        if isinstance(value, bool):
+            continue
+        power = name not in ("splits", "stages", "group_m")
+        if value < 1 or (power and value & (value - 1)):
+            return f"{name} is {value}, and must be {'a power of two' if power else 'above 0'}"
+    return None
+
+
+def nearest(start: T, settle: Callable[[T], T | None], fixed: Collection[str] = ()) -> list[T]:
+    """``start`` and the sizes around it, in order of how many halvings and doublings lead to them.
+
+    ``settle`` makes a change whole, or refuses it; the ``fixed`` fields stay.
+    """
+    queue, known = [(0, 0, start)], {start}
+    found: list[T] = []
+    while queue and len(found) < OPTIONS_MOST:
+        distance, _, tile = heapq.heappop(queue)
+        found.append(tile)
+        for changed in _changes(tile, fixed):
+            settled = settle(changed)
+            if settled is not None and settled not in known:
+                known.add(settled)
+                heapq.heappush(queue, (distance + 1, len(known), settled))
+    return found
+
+
+def _changes(tile: T, fixed: Collection[str]) -> Iterator[T]:
+    """One field changed: a size halved or doubled, stages by one, a switch turned."""
+    for name, value in asdict(tile).items():
+        if name in fixed:
+            continue
+        if isinstance(value, bool):
+            values = [not value]
+        elif name == "stages":
+            values = [value - 1, value + 1]
+        else:
+            values = [value // 2, value * 2]
+        yield from (replace(tile, **{name: changed}) for changed in values if changed >= 1)
+
+
+@dataclass(frozen=True)
 class Problem:
     """x [m, k] times the transpose of ``parts`` matrices [n, k], for ``batch`` such problems in one launch.
 
@@ -73,22 +191,74 @@ class Problem:
         return self.batch * tile.tiles(self.m, self.n) * tile.splits
 
 
-def gemm(target: GpuTarget, symbol: str, problem: Problem) -> Gemm:
-    """The measured tile of a kernel, or a default."""
-    measured = _table(target.name).get(symbol, {}).get(str(problem.m))
-    if measured:
-        return Gemm(**measured)
+def gemm(
+    tiles: Tiles,
+    kernel: str,
+    rows: int,
+    problem: Problem,
+    default: Gemm | None = None,
+    fixed: Collection[str] = (),
+) -> Gemm:
+    """The tile of a kernel's launches for at most ``rows`` rows, by default the rule's.
+
+    Nobody measures tiles with other ``fixed`` fields than the default's.
+    """
+    target = tiles.target
+    start = default or rule(target, problem)
+    found = tiles.choose(kernel, rows, start, lambda: options(target, problem, start, fixed))
+    if found.block_k not in _blocks_k(problem):
+        raise BadRecipe(
+            where=f"tiles for {target.name}, {kernel}, {rows}",
+            reason=f"block_k is {found.block_k}, and its format needs one of {_blocks_k(problem)}",
+            advice="mend the entry, or leave it out",
+        )
+    return found
+
+
+def rule(target: GpuTarget, problem: Problem) -> Gemm:
+    """The tile of a product that nobody has measured."""
     if problem.m <= STREAMED_ROWS or _most_rows(problem, target) < STREAMED_ROWS:
         return _streamed(problem, target)
     return _reused(problem, target)
 
 
-@cache
-def _table(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(
-        files(__package__).joinpath("tiles", f"{name}.json").read_text()
-    )
-    return found
+def options(
+    target: GpuTarget, problem: Problem, start: Gemm, fixed: Collection[str] = ()
+) -> list[Gemm]:
+    """``start`` and the tiles around it that the architecture has room for."""
+    rows = min(_most_rows(problem, target), max(16, power_of_2(problem.m)))
+    columns = max(start.block_n, min(256, power_of_2(problem.n)))
+
+    def settle(tile: Gemm) -> Gemm | None:
+        """As many splits as have inputs, as many stages as have room."""
+        steps = ceil_div(problem.k, tile.block_k)
+        splits = ceil_div(steps, ceil_div(steps, min(tile.splits, steps)))
+        stages = min(tile.stages, _stages(tile, problem, target, resident=1))
+        threads, weights = 32 * tile.warps, problem.parts * tile.block_n
+        sums = weights * tile.block_m / threads
+        decoded = weights * tile.block_k / threads / 2 * (problem.format.name != "bf16")
+        fits = (
+            ("block_m" in fixed or 16 <= tile.block_m <= rows)
+            and 16 <= tile.block_n <= columns
+            and tile.block_k in _blocks_k(problem)
+            and tile.warps <= min(8, tile.block_n * problem.parts * tile.block_m // 128)
+            and sums <= SUMS_MOST
+            and sums + decoded <= REGISTERS_MOST
+            and (splits == 1 or problem.splittable)
+            and (splits == 1 or tile.span(problem.k) > LEAST_INPUTS - tile.block_k)
+            and (tile.group_m == start.group_m or problem.m > tile.block_m)
+            and stages >= 2
+            and _shared(tile, problem) * (stages - _mma(target)) <= target.shared_bytes - SYSTEM
+        )
+        return replace(tile, splits=splits, stages=stages) if fits else None
+
+    return nearest(start, settle, fixed)
+
+
+def _blocks_k(problem: Problem) -> tuple[int, ...]:
+    """Groups of inputs that share a scale are read whole, or in parts of a power of two."""
+    whole = problem.format.group or problem.e4m3
+    return (128,) if whole else (32, 64, 128)
 
 
 def _streamed(problem: Problem, target: GpuTarget) -> Gemm:
@@ -170,11 +340,15 @@ def _block_k(problem: Problem) -> int:
 
 def _stages(tile: Gemm, problem: Problem, target: GpuTarget, resident: int) -> int:
     """As many as fit with ``resident`` blocks on a multiprocessor, beside what the system takes."""
+    buffers = (target.shared_bytes // resident - SYSTEM) // _shared(tile, problem)
+    return max(2, min(6, buffers + _mma(target)))
+
+
+def _shared(tile: Gemm, problem: Problem) -> int:
+    """Bytes of shared memory that the operands of one step take."""
     x_bytes = 1 if problem.e4m3 else problem.x_bytes
     weights = problem.parts * tile.block_n * tile.block_k * problem.format.bits // 8
-    buffer = weights + tile.block_m * tile.block_k * x_bytes
-    buffers = (target.shared_bytes // resident - 2048) // buffer
-    return max(2, min(6, buffers + _mma(target)))
+    return weights + tile.block_m * tile.block_k * x_bytes
 
 
 def _mma(target: GpuTarget) -> bool:
