@@ -276,7 +276,10 @@ def tune_view(found: Mapping[str, Any]) -> list[RenderableType]:
     left = f"{found['left']} are left: run the command again" if found["left"] else ""
     path = found["path"]
     done = f"wrote {path}: tokenmill optimize MODEL --tiles {path}" if path else "nothing is faster"
-    return ["", *([table, ""] if found["better"] else []), counts, *([left] if left else []), done]
+    shown: list[RenderableType] = [""]
+    if found["better"]:
+        shown += [table, ""]
+    return [*shown, *filter(None, (counts, left, done))]
 
 
 def _speeds(found: Mapping[str, Any]) -> Table:

@@ -33,8 +33,12 @@ JOIN = 400  # joining splits takes about as long as multiplying so many inputs
 LARGE = {(128, 256): 1.0, (128, 128): 0.9, (64, 128): 0.75, (64, 64): 0.55}
 
 SUMS_MOST = 128  # fp32 sums that a thread holds
-REGISTERS_MOST = 160  # of a thread, for sums and for decoded weights, two to a register
+REGISTERS_MOST = (
+    160  # of a thread, for sums, those of a group, and decoded weights, two to a register
+)
 OPTIONS_MOST = 40  # that are worth measuring for one launch
+# How far a halving or a doubling leads away: less often these change much.
+STEP, LESSER_STEP, LESSER = 2, 3, ("group_m", "stages")
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ def _mistake(kind: type[Gemm | Walk], rows: str, entry: Mapping[str, Any]) -> st
 
 
 def nearest(start: T, settle: Callable[[T], T | None], fixed: Collection[str] = ()) -> list[T]:
-    """``start`` and the sizes around it, in order of how many halvings and doublings lead to them.
+    """``start`` and the sizes around it, in order of the halvings and doublings that lead to them.
 
     ``settle`` makes a change whole, or refuses it; the ``fixed`` fields stay.
     """
@@ -148,16 +152,16 @@ def nearest(start: T, settle: Callable[[T], T | None], fixed: Collection[str] = 
     while queue and len(found) < OPTIONS_MOST:
         distance, _, tile = heapq.heappop(queue)
         found.append(tile)
-        for changed in _changes(tile, fixed):
+        for step, changed in _changes(tile, fixed):
             settled = settle(changed)
             if settled is not None and settled not in known:
                 known.add(settled)
-                heapq.heappush(queue, (distance + 1, len(known), settled))
+                heapq.heappush(queue, (distance + step, len(known), settled))
     return found
 
 
-def _changes(tile: T, fixed: Collection[str]) -> Iterator[T]:
-    """One field changed: a size halved or doubled, stages by one, a switch turned."""
+def _changes(tile: T, fixed: Collection[str]) -> Iterator[tuple[int, T]]:
+    """How far it leads, and one field changed: a size halved or doubled, stages by one, a switch turned."""
     for name, value in asdict(tile).items():
         if name in fixed:
             continue
@@ -167,7 +171,8 @@ def _changes(tile: T, fixed: Collection[str]) -> Iterator[T]:
             values = [value - 1, value + 1]
         else:
             values = [value // 2, value * 2]
-        yield from (replace(tile, **{name: changed}) for changed in values if changed >= 1)
+        step = LESSER_STEP if name in LESSER else STEP
+        yield from ((step, replace(tile, **{name: new})) for new in values if new >= 1)
 
 
 @dataclass(frozen=True)
@@ -228,6 +233,8 @@ def options(
     """``start`` and the tiles around it that the architecture has room for."""
     rows = min(_most_rows(problem, target), max(16, power_of_2(problem.m)))
     columns = max(start.block_n, min(256, power_of_2(problem.n)))
+    plain = problem.format.name == "bf16" or problem.e4m3
+    grouped = problem.format.name == "fp8" or bool(problem.format.group)
 
     def settle(tile: Gemm) -> Gemm | None:
         """As many splits as have inputs, as many stages as have room."""
@@ -236,14 +243,14 @@ def options(
         stages = min(tile.stages, _stages(tile, problem, target, resident=1))
         threads, weights = 32 * tile.warps, problem.parts * tile.block_n
         sums = weights * tile.block_m / threads
-        decoded = weights * tile.block_k / threads / 2 * (problem.format.name != "bf16")
+        decoded = 0.0 if plain else weights * tile.block_k / threads / 2
         fits = (
             ("block_m" in fixed or 16 <= tile.block_m <= rows)
             and 16 <= tile.block_n <= columns
             and tile.block_k in _blocks_k(problem)
             and tile.warps <= min(8, tile.block_n * problem.parts * tile.block_m // 128)
             and sums <= SUMS_MOST
-            and sums + decoded <= REGISTERS_MOST
+            and sums * (1 + grouped) + decoded <= REGISTERS_MOST
             and (splits == 1 or problem.splittable)
             and (splits == 1 or tile.span(problem.k) > LEAST_INPUTS - tile.block_k)
             and (tile.group_m == start.group_m or problem.m > tile.block_m)

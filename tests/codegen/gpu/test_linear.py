@@ -8,9 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenmill.codegen.triton import tiles
 from tokenmill.codegen.triton.linear import E4M3_ROWS
-from tokenmill.codegen.triton.target import TARGETS
 from tokenmill.ir import expr, quant
 from tokenmill.ir.plan import Linear
 from torch import Tensor
@@ -162,40 +160,3 @@ def test_a_token_has_the_same_bits_alone_and_in_a_batch(kernels: Interpreted, sp
 def test_any_size(m: int, n: int, k: int, fmt: str, parts: int, dtype: Any) -> None:
     spec = Linear(n, k, fmt, parts=parts, epilogue="acc0" if parts == 1 else SWIGLU)
     check(Interpreted([spec], dtype=dtype), spec, ((0, m),))
-
-
-# --- tiles ------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(
-    target=st.sampled_from(list(TARGETS.values())),
-    m=st.integers(1, 5000),
-    n=st.integers(1, 30000),
-    k=st.integers(1, 20000),
-    fmt=st.sampled_from([quant.parse(name) for name in quant.NAMES]),
-    parts=st.sampled_from((1, 2)),
-    batch=st.sampled_from((1, 8, 256)),
-    x_bytes=st.sampled_from((2, 4)),
-)
-def test_any_tile_is_sound(
-    target: Any, m: int, n: int, k: int, fmt: quant.Format, parts: int, batch: int, x_bytes: int
-) -> None:
-    tile = tiles.gemm(target, "", tiles.Problem(m, n, k, fmt, parts, batch, x_bytes))
-    span = tile.span(k)
-    assert span * (tile.splits - 1) < k <= span * tile.splits
-    assert span % tile.block_k == 0
-    assert tile.splits == 1 or span >= tiles.LEAST_INPUTS - tile.block_k
-    assert tile.block_k == 128 if fmt.group else 128 % tile.block_k == 0
-    assert all(size & (size - 1) == 0 for size in (tile.block_m, tile.block_n, tile.warps))
-    x, w = tile.block_m * x_bytes, parts * tile.block_n * fmt.bits // 8
-    assert (tile.stages - 1) * tile.block_k * (x + w) <= target.shared_bytes
-
-
-def test_measured_tiles_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = {"block_m": 32, "block_n": 64, "block_k": 64, "splits": 3, "stages": 5}
-    monkeypatch.setattr(tiles, "_table", lambda name: {"a_kernel": {"16": measured}})
-    target, fmt = TARGETS["sm_90"], quant.parse("bf16")
-    found = tiles.gemm(target, "a_kernel", tiles.Problem(16, 128, 4096, fmt))
-    assert found == tiles.Gemm(**measured)
-    assert tiles.gemm(target, "a_kernel", tiles.Problem(8, 128, 4096, fmt)) != found
