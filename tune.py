@@ -31,7 +31,7 @@ from .codegen.triton.emit import EMITTERS, Schedule
 from .codegen.triton.target import GpuTarget
 from .codegen.triton.tiles import OPTIONS_MOST, Gemm, Table, Tiles, Walk
 from .errors import ArtifactDamaged, BadRecipe, OtherKernels, OutputFailed, TokenmillError
-from .ir.plan import Extern, Plan
+from .ir.plan import Extern, KernelSpec, Plan
 from .recipe import TileTable
 from .runtime import Artifact
 from .runtime.batch import Batch
@@ -55,6 +55,7 @@ SCREENED, FINALISTS, ROUNDS = 3, 3, 9
 LEAST_GAIN = 0.02
 ROUNDING = 2.0**-6  # of a row's largest value: what the order of sums and bf16 may change
 COMPILE_SECONDS = 60.0  # that sizes may cost before they are given up
+TUNED = "tuned."  # how the names of binaries begin that are not the artifact's
 
 Sizes: TypeAlias = Gemm | Walk
 Compile: TypeAlias = Callable[[Sequence[Entry]], Iterator[Outcome]]
@@ -110,8 +111,9 @@ def tune(
 ) -> dict[str, Any]:
     """Tune the kernels of an artifact whose names hold ``only``, for about so many ``seconds``.
 
-    The table at ``output`` (``tiles-TARGET.json``) is written after every improvement; entries that it has
-    are kept, and not measured again.  Without improvements no file is written.  Raises NoGpu or MissingExtra
+    The table at ``output`` (``tiles-TARGET.json``) is written after every improvement, and has what the
+    artifact was compiled with too; entries that it has before are kept, and not measured again.  Without
+    improvements no file is written.  Raises NoGpu or MissingExtra
     where there is no card or no Triton, what running the artifact raises, and BadRecipe for a table that is
     damaged or for another target.
     """
@@ -199,11 +201,11 @@ def _joined(table: Table, other: Table) -> dict[str, dict[str, Mapping[str, Any]
 class Asked(Tiles):
     """Tiles that remember what they were asked for: the sizes in force, and others worth measuring."""
 
-    questions: dict[tuple[str, int], list[Sizes]] = field(default_factory=dict)
+    questions: dict[tuple[str, int], Callable[[], list[Sizes]]] = field(default_factory=dict)
 
     def choose(self, kernel: str, rows: int, rule: T, options: Callable[[], list[T]]) -> T:
         chosen: T = super().choose(kernel, rows, rule, options)
-        self.questions[kernel, rows] = [chosen, *(o for o in options() if o != chosen)]
+        self.questions[kernel, rows] = lambda: [chosen, *(o for o in options() if o != chosen)]
         return chosen
 
 
@@ -230,8 +232,7 @@ class Trials:
         for entry, outcome in zip(wanted, self.compile(wanted), strict=True):
             name = entry["name"]
             self.made[name] = outcome if isinstance(outcome, TokenmillError) else (
-                # Not to be taken for a binary of the artifact.
-                read_binary({**entry, "name": f"tuned.{name}"}, asdict(outcome))
+                read_binary({**entry, "name": TUNED + name}, asdict(outcome))
             )  # fmt: skip
             if name in needed and isinstance(outcome, TokenmillError):
                 raise outcome
@@ -261,9 +262,12 @@ class Bench(GpuExecutor):
     def problems(self) -> list[Problem]:
         """Each once; those of the least bucket first, which decodes alone, then of the largest."""
         last = len(self._schedule.buckets) - 1
+        steps: dict[KernelSpec, int] = {}
+        for index, spec in enumerate(step.spec for step in self.plan.steps):
+            steps.setdefault(spec, index)
         found: dict[tuple[str, int], Problem] = {}
         for bucket in dict.fromkeys((0, last, *range(last))):
-            for step in range(len(self.plan.steps)):
+            for step in steps.values():
                 for kernel, rows in self._ask(bucket, step):
                     found.setdefault((kernel, rows), Problem(kernel, rows, bucket, step))
         return list(found.values())
@@ -324,6 +328,8 @@ class Bench(GpuExecutor):
         best, seconds = self._fastest({index: works[index] for index in right})
         self._memory["activations"]["arena"].copy_(start)
         self._copies = None
+        for name in [name for name in self._kernels if name.startswith(TUNED)]:
+            del self._kernels[name]
         if best != first:
             table = _joined(self.tiles.table, problem.entry(groups[best]))
             self.tiles = Tiles(self.tiles.target, table)
@@ -334,8 +340,8 @@ class Bench(GpuExecutor):
 
     # --- sizes
 
-    def _ask(self, bucket: int, step: int) -> dict[tuple[str, int], list[Sizes]]:
-        """What a step's launches want to be told."""
+    def _ask(self, bucket: int, step: int) -> dict[tuple[str, int], Callable[[], list[Sizes]]]:
+        """What a step's launches want to be told, and the answers worth measuring."""
         asked = Asked(self.tiles.target, self.tiles.table)
         if not isinstance(self.plan.steps[step].spec, Extern):
             self._emit(bucket, step, asked)
@@ -344,7 +350,7 @@ class Bench(GpuExecutor):
     def _groups(self, problem: Problem) -> dict[int, Sizes]:
         """Groups that differ, by index, with the sizes that give them; those in force first."""
         found: dict[int, Sizes] = {}
-        for sizes in self._ask(problem.bucket, problem.step)[problem.kernel, problem.rows]:
+        for sizes in self._ask(problem.bucket, problem.step)[problem.kernel, problem.rows]():
             table = _joined(self.tiles.table, problem.entry(sizes))
             group = self._emit(problem.bucket, problem.step, Tiles(self.tiles.target, table))
             found.setdefault(group, sizes)
@@ -444,7 +450,7 @@ class Bench(GpuExecutor):
         """What launches a group on the operands of ``bind``."""
         for binary in (each.binary for each in group):
             if binary.name not in self._kernels:
-                file = folder / f"{binary.name.removeprefix('tuned.')}.{self._image}"
+                file = folder / f"{binary.name.removeprefix(TUNED)}.{self._image}"
                 self._kernels[binary.name] = self._device.load(file, self._image, binary)
         launches = self._bound(group, bind, "a step that is tuned")
 

@@ -334,7 +334,7 @@ def test_a_recipe_takes_tables_for_its_targets(tmp_path: Path) -> None:
     table = tmp_path / "t.json"
     table.write_text(json.dumps(one({"block_m": 16, "block_n": 64, "block_k": 64})))
     recipe = Recipe(targets=["cpu", "sm_90"], tiles=[str(table)])
-    assert recipe == Recipe.model_validate(recipe.dump())
+    assert recipe.dump() == Recipe.model_validate(recipe.dump()).dump()
     assert recipe.tiles[0].tiles["linear_n1_k1_bf16"]["1"]["block_n"] == 64
     with pytest.raises(errors.BadRecipe, match="is for 'sm_90', and the targets are cpu"):
         Recipe(tiles=str(table))
