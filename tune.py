@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from .codegen.triton import launch
 from .codegen.triton.build import Entry, Outcome, compiler, toolchain
 from .codegen.triton.emit import EMITTERS, Schedule
 from .codegen.triton.target import GpuTarget
-from .codegen.triton.tiles import OPTIONS_MOST, Gemm, Table, Tiles, Walk
+from .codegen.triton.tiles import OPTIONS_MOST, Gemm, T, Table, Tiles, Walk
 from .errors import ArtifactDamaged, BadRecipe, OtherKernels, OutputFailed, TokenmillError
 from .ir.plan import Extern, KernelSpec, Plan
 from .recipe import TileTable
@@ -59,7 +59,6 @@ TUNED = "tuned."  # how the names of binaries begin that are not the artifact's
 
 Sizes: TypeAlias = Gemm | Walk
 Compile: TypeAlias = Callable[[Sequence[Entry]], Iterator[Outcome]]
-T = TypeVar("T", Gemm, Walk)
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,7 @@ class Found:
 
     def describe(self) -> dict[str, Any]:
         before, best = self.seconds
-        return {
-            **asdict(self),
+        return asdict(self) | {
             "seconds": {"before": before, "best": best},
             "speedup": before / best,
         }
@@ -113,9 +111,8 @@ def tune(
 
     The table at ``output`` (``tiles-TARGET.json``) is written after every improvement, and has what the
     artifact was compiled with too; entries that it has before are kept, and not measured again.  Without
-    improvements no file is written.  Raises NoGpu or MissingExtra
-    where there is no card or no Triton, what running the artifact raises, and BadRecipe for a table that is
-    damaged or for another target.
+    improvements no file is written.  Raises NoGpu or MissingExtra where there is no card or no Triton, what
+    running the artifact raises, BadRecipe for a table that is damaged or for another target, OutputFailed.
     """
     deadline = None if seconds is None else monotonic() + seconds
     artifact = Artifact.open(directory)
@@ -126,6 +123,8 @@ def tune(
     if api.differing_sources(artifact, target, plan):
         raise OtherKernels(path=str(directory), built_by=artifact.manifest.tokenmill)
     path = Path(output or f"tiles-{target.name}.json")
+    if not path.parent.is_dir():
+        raise OutputFailed(path=str(path), reason="there is no such directory")
     kept = _read(path, target.name)
     table = _joined(api.tiles_of(artifact, target.name), kept)
     parsed = parse_target(target.name)
@@ -139,9 +138,9 @@ def tune(
             for p in bench.problems()
             if (only or "") in p.kernel and str(p.rows) not in kept.get(p.kernel, {})
         ]
-        for number, result in enumerate(bench.measure(problems, deadline)):
-            say(f"tune {result.kernel}", number + 1, len(problems))
+        for result in bench.measure(problems, deadline):
             found.append(result)
+            say(f"tune {result.kernel}", len(found), len(problems))
             if result.best != result.before:
                 _write(path, target.name, bench.tiles.table)
     better = [f.describe() for f in found if f.best != f.before]
@@ -314,18 +313,22 @@ class Bench(GpuExecutor):
         self._make_areas(launches.values())
         binds = self._binds(problem.step)
         start = self._memory["activations"]["arena"].clone()
-        results: dict[int, Tensor] = {}
-        works: dict[int, list[Work]] = {}
+        right: dict[int, list[Work]] = {}
+        failed, want = len(groups) - len(launches), None
         refusals: tuple[type[Exception], ...] = (ArtifactDamaged, *self._device.failures)
         for index, group in launches.items():
             try:
-                works[index] = [self._work(group, bind, trials.folder) for bind in binds]
-                results[index] = self._result(works[index][0], problem.step, batch, start)
+                works = [self._work(group, bind, trials.folder) for bind in binds]
+                got = self._result(works[0], problem.step, batch, start)
             except refusals:
                 if index == first:
                     raise
-        right = [i for i, got in results.items() if row_error(got, results[first]) <= ROUNDING]
-        best, seconds = self._fastest({index: works[index] for index in right})
+                failed += 1
+                continue
+            want = got if want is None else want
+            if row_error(got, want) <= ROUNDING:
+                right[index] = works
+        best, seconds = self._fastest(right)
         self._memory["activations"]["arena"].copy_(start)
         self._copies = None
         for name in [name for name in self._kernels if name.startswith(TUNED)]:
@@ -335,7 +338,7 @@ class Bench(GpuExecutor):
             self.tiles = Tiles(self.tiles.target, table)
         return Found(
             problem.kernel, problem.rows, groups[first], groups[best], seconds, len(groups),
-            len(groups) - len(results), len(results) - len(right),
+            failed, len(groups) - failed - len(right),
         )  # fmt: skip
 
     # --- sizes
@@ -396,9 +399,8 @@ class Bench(GpuExecutor):
         return Batch.of(chunks, rows=list(range(tokens - bucket.rows, tokens)))
 
     def _binds(self, step: int) -> list[Bind]:
-        """A step's operands, with weights and caches of other layers in their place, then copies of weights.
-
-        So many that what is read has left the card's cache when its turn comes again.
+        """A step's operands, with weights and caches of other layers in their place, then copies of weights
+        until what is read has left the card's cache when its turn comes again.
         """
         mine, spec = self._schedule.bind[step], self.plan.steps[step].spec
         weights, caches = self._memory["weights"], self._memory["cache"]
@@ -408,19 +410,19 @@ class Bench(GpuExecutor):
 
         read = {buffer: weights[buffer].numel() for buffer, _ in mine.values() if buffer in weights}
         size = sum(read.values()) + sum(caches[b].numel() for b, _ in mine.values() if b in caches)
-        wanted = min(COPIES_MOST, -(-COLD_BYTES // max(size, 1)))
         twins = [i for i, s in enumerate(self.plan.steps) if s.spec == spec and i != step]
-        binds = [mine, *({**mine, **lasting(self._schedule.bind[i])} for i in twins)][:wanted]
-        names = {f"{b}#{i}": b for i in range(wanted - len(binds)) for b in read}
+        binds = [mine, *({**mine, **lasting(self._schedule.bind[i])} for i in twins)][:COPIES_MOST]
+        more = range(min(COPIES_MOST, -(-COLD_BYTES // max(size, 1))) - len(binds))
+        names = {f"{b}#{i}": b for i in more for b in read}
         sizes = {name: read[b] for name, b in names.items()}
-        if not sizes or region_bytes(sizes) > self._device.free_bytes():
+        if not sizes or 2 * region_bytes(sizes) > self._device.free_bytes():
             return binds
         self._copies = Region(self._device, sizes)
         for name, buffer in names.items():
             self._copies[name].copy_(weights[buffer])
         return binds + [
             {p: (f"{b}#{i}" if b in read else b, column) for p, (b, column) in mine.items()}
-            for i in range(wanted - len(binds))
+            for i in more
         ]
 
     def _make_areas(self, groups: Iterable[Group]) -> None:

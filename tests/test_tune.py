@@ -15,11 +15,14 @@ from tokenmill import api, codegen, errors, tune
 from tokenmill.cli import app
 from tokenmill.codegen.triton import tiles
 from tokenmill.codegen.triton.build import Binary
+from tokenmill.codegen.triton.target import TARGETS
 from tokenmill.errors import KernelBuildFailed
 from tokenmill.recipe import Recipe, TileTable
 from tokenmill.runtime import Artifact
 from tokenmill.runtime.batch import Batch
+from tokenmill.runtime.cache import pages_for
 from tokenmill.runtime.gpu import GpuExecutor
+from tokenmill.runtime.schedule import Bucket
 from typer.testing import CliRunner
 
 from . import models
@@ -324,6 +327,38 @@ def test_damaged_and_foreign_tables_are_refused(
             tuned(monkeypatch, artifact, Card(), table, only="nothing of that name")
     table.write_text(json.dumps(one(good | {"block_k": 128, "stages": 2, "group_m": 3})))
     assert tuned(monkeypatch, artifact, Card(), table, only="nothing")["measured"] == 0
+
+
+def test_a_table_needs_a_place(
+    monkeypatch: pytest.MonkeyPatch, artifact: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(errors.OutputFailed, match="no such directory"):
+        tuned(monkeypatch, artifact, Card(), tmp_path / "nowhere" / "t.json")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "chunks"),
+    [(1, 1, [1]), (3, 4, [1, 1, 1]), (7, 3, [7]), (600, 4, [200, 200, 200]), (513, 4, [171] * 3)],
+)
+def test_batches_fill_their_buckets(
+    artifact: Path, tokens: int, rows: int, chunks: list[int]
+) -> None:
+    """Decoding after a context, or prompts of as many tokens as a sequence may have."""
+    opened, told = Artifact.open(artifact), tiles.Tiles(TARGETS["sm_90"])
+    with tune.Bench(opened, Card(), api.open_plans(opened)["cuda"], told) as bench:
+        most = min(tokens, rows)
+        batch = bench._full(Bucket(tokens, most, most, (), ()))
+        assert np.diff(batch.starts).tolist() == chunks
+        assert batch.ids.size == tokens
+        assert batch.rows.tolist() == list(range(tokens - most, tokens))
+        firsts = batch.positions[batch.starts[:-1]].tolist()
+        assert firsts == [2 if tokens == most else 0] * len(chunks)
+        assert batch.block_table.max() < bench.pages
+        if len(chunks) * pages_for(chunks[0]) <= bench.pages:
+            used = [
+                row[: pages_for(size)] for row, size in zip(batch.block_table, chunks, strict=True)
+            ]
+            assert len(np.unique(np.concatenate(used))) == sum(map(len, used))
 
 
 def one(entry: dict[str, Any], rows: str = "1") -> dict[str, Any]:
