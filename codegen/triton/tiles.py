@@ -104,9 +104,8 @@ class Tiles:
 
 @cache
 def _shipped(name: str) -> Table:
-    found: Table = json.loads(files(__package__).joinpath("tiles", f"{name}.json").read_text())[
-        "tiles"
-    ]
+    text = files(__package__).joinpath("tiles", f"{name}.json").read_text()
+    found: Table = json.loads(text)["tiles"]
     return found
 
 
@@ -167,12 +166,12 @@ def _changes(tile: T, fixed: Collection[str]) -> Iterator[tuple[int, T]]:
             continue
         if isinstance(value, bool):
             values = [not value]
-        elif name == "stages":
-            values = [value - 1, value + 1]
         else:
-            values = [value // 2, value * 2]
+            by_one = name == "stages"
+            values = [value - 1, value + 1] if by_one else [value // 2, value * 2]
+            values = [new for new in values if new >= 1]
         step = LESSER_STEP if name in LESSER else STEP
-        yield from ((step, replace(tile, **{name: new})) for new in values if new >= 1)
+        yield from ((step, replace(tile, **{name: new})) for new in values)
 
 
 @dataclass(frozen=True)

@@ -92,9 +92,10 @@ def test_a_switch_is_turned(monkeypatch: pytest.MonkeyPatch) -> None:
     class Switched(Gemm):
         fast: bool = False
 
-    found = tiles.nearest(Switched(16, 64, 64), lambda tile: tile)
-    assert found[0] == Switched(16, 64, 64)
-    assert replace(found[0], fast=True) in found
+    for fast in (False, True):
+        found = tiles.nearest(Switched(16, 64, 64, fast=fast), lambda tile: tile)
+        assert found[0].fast == fast
+        assert replace(found[0], fast=not fast) in found
 
 
 # --- tables -----------------------------------------------------------------------------------------
