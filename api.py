@@ -20,7 +20,7 @@ from .calibration import read as read_calibration
 from .capture.checkpoint import Checkpoint, Streamed, open_checkpoint
 from .capture.huggingface import capture_pretrained
 from .capture.module import capture
-from .codegen import build, emit, parse_target, toolchain
+from .codegen import Table, build, check_table, emit, parse_target, toolchain
 from .codegen.custom import unknown
 from .errors import (
     ArtifactDamaged,
@@ -116,6 +116,9 @@ def optimize(
     recipe = recipe or Recipe()
     pipeline(recipe)  # raises for a pass that is not there
     targets = [parse_target(t) for t in dict.fromkeys(recipe.targets)]
+    tables: dict[str, Table] = {table.target: table.tiles for table in recipe.tiles}
+    for name, table in tables.items():
+        check_table(name, table)
     if output is None and not dry_run:
         raise BadRequest(reason="no output directory", advice="pass output=, or dry_run=True")
     if output is not None and not dry_run:
@@ -182,7 +185,7 @@ def optimize(
     }
 
     say("kernels", 0, 1)
-    sources = {t.name: emit(plans[t.device], t.name) for t in targets}
+    sources = {t.name: emit(plans[t.device], t.name, tables.get(t.name)) for t in targets}
     say("kernels", 1, 1)
     facts = recorder.facts(program, plans, passes, recipe, [t.name for t in targets])
     facts["emitted"] = {t.name: emitted(plans[t.device], sources[t.name]) for t in targets}
@@ -269,20 +272,12 @@ def verify(path: str | os.PathLike[str], extensions: Sequence[str] = ()) -> dict
     ``reproducible`` is False if this version of tokenmill emits other text than the one that built it.
     """
     artifact = Artifact.open(path)
-    for name in extensions:
-        load_module(name, "extension")
-    stored_plans = {d: artifact.json(PLANS[d]) for d in {t.device for t in artifact.targets}}
-    if missing := [what for plan in stored_plans.values() for what in unknown(plan)]:
-        names = ", ".join(artifact.manifest.recipe.get("extensions", ()))
-        recorded = f" (its recipe says: {names})" if names else ""
-        raise ExtensionMissing(what=missing[0], recorded=recorded)
-    plans = {d: load_plan(plan) for d, plan in stored_plans.items()}
-    differing: list[str] = []
-    for target in artifact.targets:
-        for name, text in emit(plans[target.device], target.name).items():
-            file = artifact.path / target.directory / name
-            if not file.is_file() or file.read_text() != text:
-                differing.append(f"{target.directory}/{name}")
+    plans = open_plans(artifact, extensions)
+    differing = [
+        name
+        for target in artifact.targets
+        for name in differing_sources(artifact, target, plans[target.device])
+    ]
     return {
         "path": str(path),
         "files": len(artifact.manifest.files),
@@ -291,6 +286,35 @@ def verify(path: str | os.PathLike[str], extensions: Sequence[str] = ()) -> dict
         "differing": differing,
         "built_by": artifact.manifest.tokenmill,
     }
+
+
+def open_plans(artifact: Artifact, extensions: Sequence[str] = ()) -> dict[str, Plan]:
+    """The plans of an artifact, by device; raises ExtensionMissing for what no ``extensions`` add."""
+    for name in extensions:
+        load_module(name, "extension")
+    stored_plans = {d: artifact.json(PLANS[d]) for d in {t.device for t in artifact.targets}}
+    if missing := [what for plan in stored_plans.values() for what in unknown(plan)]:
+        names = ", ".join(artifact.manifest.recipe.get("extensions", ()))
+        recorded = f" (its recipe says: {names})" if names else ""
+        raise ExtensionMissing(what=missing[0], recorded=recorded)
+    return {d: load_plan(plan) for d, plan in stored_plans.items()}
+
+
+def tiles_of(artifact: Artifact, target: str) -> Table:
+    """The tiles of the user's own that an artifact's kernels for ``target`` were made with."""
+    tables = artifact.manifest.recipe.get("tiles", ())
+    return next((table["tiles"] for table in tables if table["target"] == target), {})
+
+
+def differing_sources(artifact: Artifact, target: Target, plan: Plan) -> list[str]:
+    """Files of a target that this version of tokenmill would write otherwise."""
+    emitted = emit(plan, target.name, tiles_of(artifact, target.name))
+    files = {name: artifact.path / target.directory / name for name in emitted}
+    return [
+        f"{target.directory}/{name}"
+        for name, text in emitted.items()
+        if not files[name].is_file() or files[name].read_text() != text
+    ]
 
 
 def original(model: str | os.PathLike[str], trust_remote_code: bool = False) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: ``tokenmill optimize | run | eval | bench | inspect | export | verify | doctor``.
+"""The command line: ``tokenmill optimize | run | eval | bench | tune | inspect | export | verify | doctor``.
 
 A command prints for people, or with ``--json`` exactly one JSON object, on standard output;
 progress, logs and errors go to standard error.  Exit status: 0 done, 1 a defect of tokenmill (or of
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from .console import answering, bench_view, facts_view, pairs, progress_bar, steps_view
+from .console import answering, bench_view, facts_view, pairs, progress_bar, steps_view, tune_view
 from .errors import BadRequest
 
 if TYPE_CHECKING:
@@ -40,6 +40,10 @@ Dir = Annotated[Path, typer.Argument(metavar="DIR", help="An artifact that `opti
 Device = Annotated[
     Literal["auto", "cpu", "cuda"],
     typer.Option(help="Where it runs; auto: on a GPU if there is one that it was compiled for."),
+]
+Extension = Annotated[
+    list[str] | None,
+    typer.Option(metavar="MODULE", help="Import it for kernels of your own; repeatable."),
 ]
 ConfigOnly = Annotated[
     bool,
@@ -157,6 +161,12 @@ def optimize(
             metavar="GOAL", help="Within --max-loss, least size or most speed. Default: size."
         ),
     ] = None,
+    tiles: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TABLE", help="Sizes of kernels that `tune` measured; one table for a target."
+        ),
+    ] = None,
     recipe: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="A YAML recipe; the options above override it."),
@@ -197,7 +207,7 @@ def optimize(
         wanted = _recipe(
             recipe, budget, compress, weights=weights, kv=kv, targets=target, rounding=rounding,
             calibration=calibration, rotate=rotate or None, balance=balance or None,
-            heal_scales=heal_scales,
+            heal_scales=heal_scales, tiles=tiles,
         )  # fmt: skip
         from . import api
 
@@ -374,6 +384,37 @@ def _bench_steps(directory: Path, prompt: int, threads: int | None, as_json: boo
 
 
 @app.command()
+def tune(
+    directory: Dir,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="TABLE", help="The table. Default: tiles-TARGET.json."
+        ),
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Only kernels whose names hold this.")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=0, help="About how long. Default: until all is measured.")
+    ] = None,
+    extension: Extension = None,
+    as_json: Json = False,
+) -> None:
+    """Find the sizes with which the kernels of the artifact DIR are fastest on this machine's GPU.
+
+    What is faster goes into TABLE, for `tokenmill optimize --tiles TABLE`; entries that it has stay, so that
+    the command goes on where it was.
+    """
+    with answering(as_json) as answer:
+        from .tune import tune as measure
+
+        with progress_bar() as progress:
+            answer.data = measure(directory, output, only, seconds, extension or (), progress)
+        answer.shown = tune_view(answer.data)
+
+
+@app.command()
 def inspect(
     subject: Annotated[
         str, typer.Argument(metavar="DIR|MODEL", help="An artifact, or a model to look into.")
@@ -464,10 +505,7 @@ def export(
 @app.command()
 def verify(
     directory: Dir,
-    extension: Annotated[
-        list[str] | None,
-        typer.Option(metavar="MODULE", help="Import it for kernels of your own; repeatable."),
-    ] = None,
+    extension: Extension = None,
     as_json: Json = False,
 ) -> None:
     """Prove that the artifact DIR is whole and that its kernels come from its plan.

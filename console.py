@@ -258,6 +258,30 @@ def steps_view(found: Mapping[str, Any]) -> list[RenderableType]:
     return shown
 
 
+def tune_view(found: Mapping[str, Any]) -> list[RenderableType]:
+    """Which sizes of kernels are faster than those in force, and by how much."""
+    table = Table("kernel", box=None, pad_edge=False)
+    for name in ("rows", "µs", "with", "faster"):
+        table.add_column(name, justify="right" if name != "with" else "left")
+    for b in found["better"]:
+        before, best = (f"{1e6 * b['seconds'][when]:.1f}" for when in ("before", "best"))
+        changed = ", ".join(f"{k}={v}" for k, v in b["best"].items() if v != b["before"].get(k))
+        table.add_row(
+            b["kernel"], str(b["rows"]), f"{before} -> {best}", changed, f"{b['speedup']:.2f}x"
+        )
+    counts = (
+        f"{found['measured']} launches measured on {found['card']} for {found['target']}, with "
+        f"{found['tried']} sizes ({found['failed']} failed, {found['wrong']} wrong)"
+    )
+    left = f"{found['left']} are left: run the command again" if found["left"] else ""
+    path = found["path"]
+    done = f"wrote {path}: tokenmill optimize MODEL --tiles {path}" if path else "nothing is faster"
+    shown: list[RenderableType] = [""]
+    if found["better"]:
+        shown += [table, ""]
+    return [*shown, *filter(None, (counts, left, done))]
+
+
 def _speeds(found: Mapping[str, Any]) -> Table:
     table = Table("", box=None, pad_edge=False)
     for name in ("tokens/s", "lowest..highest", "step reads", "GB/s", "of bandwidth"):

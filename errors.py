@@ -225,7 +225,7 @@ class ArtifactTooOld(TokenmillError):
 
 class ExtensionMissing(TokenmillError):
     what = "the artifact uses {what}, which is not known here{recorded}"
-    remedy = "import the module that registers it first: tokenmill verify DIR --extension MODULE"
+    remedy = "import the module that registers it first: pass --extension MODULE"
 
 
 class ForeignTarget(TokenmillError):
@@ -236,6 +236,11 @@ class ForeignTarget(TokenmillError):
 class NoGpu(TokenmillError):
     what = "no NVIDIA GPU can be used: {reason}"
     remedy = "{advice}"
+
+
+class OtherKernels(TokenmillError):
+    what = "{path!r} was built by tokenmill {built_by}, and this version makes other kernels"
+    remedy = "compile the model again: tokenmill optimize MODEL -o DIR"
 
 
 class DriverTooOld(TokenmillError):

@@ -24,6 +24,7 @@ Only a rule puts embeddings in INT8.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -39,7 +40,10 @@ from pydantic import (
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
+    StrictBool,
+    StrictInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -162,6 +166,33 @@ class UserPass(BaseModel):
         if (self.before is None) == (self.after is None):
             raise ValueError("needs one of before and after, with the name of a pass")
         return self
+
+
+class TileTable(BaseModel):
+    """Sizes of kernels that `tokenmill tune` measured for ``target``, or as they come with tokenmill.
+
+    ``tiles`` are, for a kernel and the most rows of a launch, the fields that say how its work is cut.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    target: str
+    tiles: dict[str, dict[str, dict[str, StrictBool | StrictInt]]]
+
+    @classmethod
+    def load(cls, path: str | Path) -> TileTable:
+        """Read a JSON file; raises BadRecipe, which names file and field."""
+        advice = "pass a file that `tokenmill tune` wrote"
+        try:
+            return cls.model_validate(json.loads(Path(path).read_bytes()))
+        except OSError as error:
+            reason = f"cannot be read: {error.strerror}"
+        except ValidationError as error:
+            detail = error.errors()[0]
+            reason = f"is not a table of tiles: {_location(detail['loc'])}: {detail['msg']}"
+        except ValueError as error:
+            reason = f"is not JSON: {error}"
+        raise BadRecipe(where=path, reason=reason, advice=advice)
 
 
 _MAX_LOSS = re.compile(r"(?P<percent>\d+(\.\d+)?)\s*%|kl\s*=\s*(?P<kl>\d+(\.\d+)?(e-?\d+)?)")
@@ -309,6 +340,8 @@ class Recipe(BaseModel):
     ``extensions`` are modules with formats and kernels of the user's own, imported before the rest is read;
     ``passes`` are passes of the user's own (see :mod:`tokenmill.extend`).
 
+    ``tiles`` are tables that ``tokenmill tune`` wrote, or their files, one for a target.
+
     ``max_step_tokens`` and ``max_step_rows`` bound what one step carries: the tokens that go in and
     the rows of logits that come out.  Working memory is planned for them.
     """
@@ -332,8 +365,28 @@ class Recipe(BaseModel):
     disable: Sequence[str] = ()
     extensions: Sequence[str] = ()
     passes: Sequence[UserPass] = ()
+    tiles: Sequence[TileTable] = ()
     max_step_tokens: int = Field(default=512, ge=1, le=1 << 20, strict=True)
     max_step_rows: int = Field(default=64, ge=1, le=1 << 20, strict=True)
+
+    @field_validator("tiles", mode="before")
+    @classmethod
+    def _read_tiles(cls, data: Any) -> Any:
+        files = [data] if isinstance(data, str | Path) else data
+        if not isinstance(files, list | tuple):
+            return data
+        return [TileTable.load(f) if isinstance(f, str | Path) else f for f in files]
+
+    @model_validator(mode="after")
+    def _tiles_are_for_targets(self) -> Recipe:
+        tuned = [table.target for table in self.tiles]
+        for target in tuned:
+            if target not in self.targets:
+                known = ", ".join(self.targets)
+                raise ValueError(f"a table of tiles is for {target!r}, and the targets are {known}")
+            if tuned.count(target) > 1:
+                raise ValueError(f"{tuned.count(target)} tables of tiles are for {target!r}")
+        return self
 
     @model_validator(mode="after")
     def _auto_has_a_limit(self) -> Recipe:
@@ -465,7 +518,12 @@ def _read_yaml(path: Path) -> Any:
     raise BadRecipe(where=path, reason=reason, advice=advice)
 
 
-_OWNERS: dict[str, type[BaseModel]] = {"rules": Rule, "passes": UserPass, "budget": Budget}
+_OWNERS: dict[str, type[BaseModel]] = {
+    "rules": Rule,
+    "passes": UserPass,
+    "budget": Budget,
+    "tiles": TileTable,
+}
 
 
 def _bad_recipe(detail: ErrorDetails) -> BadRecipe:
@@ -482,8 +540,9 @@ def _bad_recipe(detail: ErrorDetails) -> BadRecipe:
             if detail["type"] == "unknown_format":
                 advice += "; one of your own is known once its module is among extensions"
         case "missing":
-            needs = "a pass needs `use`" if where.startswith("passes[") else ""
-            reason, advice = "missing", needs or "a rule needs `match` and `format`"
+            needs = {"passes": "a pass needs `use`", "tiles": "a table needs `target` and `tiles`"}
+            field = where.partition("[")[0]
+            reason, advice = "missing", needs.get(field, "a rule needs `match` and `format`")
         case "value_error":
             advice = "change or remove it"
         case _:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from _gpu_rig import Memory, Rig, counts
+from tokenmill.codegen.reference import WRONG, row_error
 from tokenmill.codegen.triton import experts, linear
 from tokenmill.codegen.triton.target import TARGETS
 from tokenmill.ir import cache
@@ -34,7 +35,6 @@ from tests.codegen.harness import DTYPES, Kernels, batch_of, inputs_of
 MOST = 200  # tokens
 # Of a row's largest value: by the order of sums, by bf16 between two products, by bf16 around them.
 EXACT, ROUNDED, NARROW = 1e-4, 2.0**-8, 2.0**-6
-WRONG = 1e9  # what is no rounding error
 ROWS = [0, 7, 3, 3]  # that SelectRows takes
 
 
@@ -171,22 +171,6 @@ def _cache_error(
         cache.decode(spec.cache, got[touched]), cache.decode(spec.cache, want[touched]), strict=True
     )
     return max(row_error(a, b) for a, b in pairs)
-
-
-def row_error(got: Tensor, want: Tensor) -> float:
-    """The largest error relative to what is largest in its row, or usual in all of them."""
-    got, want = got.detach().float().cpu(), want.detach().float().cpu()
-    if got.shape != want.shape:
-        return WRONG
-    if not want.numel():
-        return 0.0
-    same = (got == want) | (got.isnan() & want.isnan())
-    finite = want.isfinite()
-    if not bool((same | (finite & got.isfinite())).all()):
-        return WRONG
-    usual = want[finite].square().mean().sqrt() if finite.any() else torch.tensor(1.0)
-    most = want.where(finite, 0.0).abs().amax(-1, keepdim=True).clamp(min=max(float(usual), 1e-30))
-    return float(((got - want).where(~same, 0.0).abs() / most).max())
 
 
 def _bound(kernels: Checked, spec: KernelSpec, batch: Batch) -> float:

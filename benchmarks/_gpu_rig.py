@@ -19,13 +19,13 @@ from _gpu_cases import PAGE, Parts, weight_parts
 from tokenmill.ir import plan as plans
 from tokenmill.ir.cache import CacheSpec, encode
 from tokenmill.ir.plan import KernelSpec
-from tokenmill.runtime.device import Device, Work
-from tokenmill.runtime.schedule import Binary, Launch, Scratch
+from tokenmill.runtime.device import Device, Work, recorded
+from tokenmill.runtime.schedule import Binary, read_binary, read_launch
 from torch import Tensor
 
 L2_BYTES = 50 << 20  # what repeated reads must not find there
 COPIES_MOST = 16
-GRAPH_SECONDS, REPEATS_MOST, REPLAYS = 3e-3, 128, 5
+REPLAYS = 5
 INT8_SPREAD, INT4_SPREAD, E4M3_SPREAD = 73.6, 4.6, 64.0  # standard deviations of random values
 CHUNK = 1 << 26  # values that are drawn at once
 
@@ -139,7 +139,9 @@ class Rig:
         self.schedule = read("schedule.json")
         self.table_pitch: int = self.schedule["table_pitch"]
         made = read("binaries.json")["binaries"]
-        self._binaries = {b["name"]: _binary(b, made[b["name"]]) for b in self.schedule["binaries"]}
+        self._binaries = {
+            b["name"]: read_binary(b, made[b["name"]]) for b in self.schedule["binaries"]
+        }
         self._kernels: dict[str, Any] = {}
         self._areas = {
             area: self.memory.bytes(self.schedule[f"{area}_bytes"] + 1)
@@ -166,9 +168,7 @@ class Rig:
         """The launches of a step on operands, inputs and counts by name."""
         works = []
         for entry in self.schedule["groups"][bucket["steps"][step]]:
-            x, y, z = entry["grid"]
-            binary, args = self._binaries[entry["binary"]], tuple(entry["args"])
-            launch = Launch(binary, args, (x, y, z), entry.get("per_sm", 0))
+            launch = read_launch(entry, self._binaries)
             addresses = [self._at(arg, memory).data_ptr() for arg in launch.args]
             for arg, address, aligned in zip(
                 launch.args, addresses, launch.binary.aligned, strict=True
@@ -192,17 +192,6 @@ class Rig:
         return self._kernels[binary.name]
 
 
-def _binary(entry: Mapping[str, Any], made: Mapping[str, Any]) -> Binary:
-    return Binary(
-        name=entry["name"],
-        symbol=made["kernel"],
-        aligned=tuple(aligned for _, aligned in entry["params"]),
-        threads=made["threads"],
-        shared=made["shared_bytes"],
-        scratch=tuple(Scratch(s["bytes"], s["align"]) for s in made["scratch"]),
-    )
-
-
 def counts(memory: Memory, tokens: int, rows: int = 0, sequences: int = 1) -> dict[str, Tensor]:
     """The counts of a batch by the names of arguments."""
     values = {"tokens": tokens, "rows": rows, "sequences": sequences, "fixed": 1}
@@ -224,18 +213,6 @@ def seconds(
 
     ``record`` makes the graph; by default the device does.
     """
-
-    def round_robin(count: int) -> None:
-        for i in range(count):
-            works[i % len(works)]()
-
     with device.stream():
-        for work in works:  # what is loaded or chosen on first use is there afterwards
-            work()
-        once = statistics.median(device.time(works[:1] * 3))
-        wanted = min(REPEATS_MOST, math.ceil(GRAPH_SECONDS / max(once, 1e-7)))
-        repeats = math.ceil(wanted / len(works)) * len(works)
-        graph = (record or device.record)(lambda: round_robin(repeats))
-        graph()
-        device.wait()
+        graph, repeats = recorded(device, works, record)
         return statistics.median(device.time([graph] * REPLAYS)) / repeats

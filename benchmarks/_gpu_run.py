@@ -473,7 +473,7 @@ def _prompt_flops(heads: int, new: int, before: int, expanding: bool) -> float:
 
 
 def _judged(got: TorchTensor, want: TorchTensor) -> Result:
-    error = checks.row_error(got, want)
+    error = reference.row_error(got, want)
     return {"error": error, "bound": checks.NARROW, "passed": error <= checks.NARROW}
 
 

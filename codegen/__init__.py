@@ -10,6 +10,7 @@ from ..ir.plan import Plan
 from . import cpp, triton
 from .cpp.target import CpuTarget
 from .triton.target import GpuTarget
+from .triton.tiles import Table, check_table
 
 Target: TypeAlias = CpuTarget | GpuTarget
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -29,10 +30,12 @@ def parse_target(name: str) -> Target:
     return parse(name)
 
 
-def emit(plan: Plan, target_name: str) -> dict[str, str]:
-    """Source files of a plan for a target: name -> text."""
+def emit(plan: Plan, target_name: str, table: Table | None = None) -> dict[str, str]:
+    """Source files of a plan for a target: name -> text; ``table`` has tiles of GPU kernels."""
     target = parse_target(target_name)
-    return cpp.emit(plan, target) if isinstance(target, CpuTarget) else triton.emit(plan, target)
+    if isinstance(target, CpuTarget):
+        return cpp.emit(plan, target)
+    return triton.emit(plan, target, table)
 
 
 def toolchain(target: Target) -> str:
@@ -58,4 +61,4 @@ def build(files: Mapping[str, str], target: Target, progress: Progress) -> Built
     return Built(built.files, built.facts())
 
 
-__all__ = ["Built", "Target", "build", "emit", "parse_target", "toolchain"]
+__all__ = ["Built", "Table", "Target", "build", "check_table", "emit", "parse_target", "toolchain"]

@@ -42,6 +42,7 @@ from ..ir.plan import (
 
 Operands = Mapping[str, Tensor]
 Outputs = dict[str, Tensor]
+WRONG = 1e9  # what is no rounding error
 
 
 def run(
@@ -99,6 +100,25 @@ _DTYPES = {
     "i64": torch.int64,
     "bool": torch.bool,
 }
+
+
+def row_error(got: Tensor, want: Tensor) -> float:
+    """The largest error relative to what is largest in its row, or usual in all of them.
+
+    WRONG where shapes differ, or what is not finite does.
+    """
+    got, want = got.detach().float().cpu(), want.detach().float().cpu()
+    if got.shape != want.shape:
+        return WRONG
+    if not want.numel():
+        return 0.0
+    same = (got == want) | (got.isnan() & want.isnan())
+    finite = want.isfinite()
+    if not bool((same | (finite & got.isfinite())).all()):
+        return WRONG
+    usual = want[finite].square().mean().sqrt() if finite.any() else torch.tensor(1.0)
+    most = want.where(finite, 0.0).abs().amax(-1, keepdim=True).clamp(min=max(float(usual), 1e-30))
+    return float(((got - want).where(~same, 0.0).abs() / most).max())
 
 
 def _view(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import accumulate
@@ -22,6 +24,7 @@ Image: TypeAlias = Literal["cubin", "ptx"]
 Work: TypeAlias = Callable[[], None]
 
 ALIGN = 256  # bytes: where arrays begin
+GRAPH_SECONDS, REPEATS_MOST = 3e-3, 128  # of a graph that is timed
 
 
 class Device(Protocol):
@@ -62,6 +65,30 @@ class Device(Protocol):
 
     def time(self, works: Sequence[Work]) -> list[float]:
         """Seconds that each takes on the card, one after the other."""
+
+
+def recorded(
+    device: Device, works: Sequence[Work], record: Callable[[Work], Work] | None = None
+) -> tuple[Work, int]:
+    """A graph of ``works`` in turn, long enough to be timed, and how many of them it runs.
+
+    They differ in their operands only, so that no operand need be in a cache when it is read again.
+    ``record`` makes the graph; by default the device does.  All of it has run once afterwards.
+    """
+
+    def round_robin(count: int) -> None:
+        for i in range(count):
+            works[i % len(works)]()
+
+    for work in works:  # what is loaded or chosen on first use is there afterwards
+        work()
+    once = statistics.median(device.time([works[0]] * 3))
+    wanted = min(REPEATS_MOST, math.ceil(GRAPH_SECONDS / max(once, 1e-7)))
+    repeats = math.ceil(wanted / len(works)) * len(works)
+    graph = (record or device.record)(lambda: round_robin(repeats))
+    graph()
+    device.wait()
+    return graph, repeats
 
 
 class Region:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,8 +68,8 @@ class GpuExecutor:
         self._uploading = False
         sizes = {
             "weights": {name: tensor.array.nbytes for name, tensor in weights.items()},
-            "activations": {"arena": layout.arena_bytes, **schedule.areas},
-            "kernel scratch": {"": schedule.kernel_scratch},
+            "activations": {"arena": layout.arena_bytes},
+            "scratch": {**schedule.areas, "kernels": schedule.kernel_scratch},
             "inputs": self._inputs.sizes,
             "chosen": {"tokens": 4 * layout.rows},
         }
@@ -81,7 +81,7 @@ class GpuExecutor:
             self._memory = _allocate(device, sizes)
             for name, tensor in weights.items():
                 self._memory["weights"][name].copy_(_bytes(tensor))
-            self._memory["activations"]["zero"].zero_()
+            self._memory["scratch"]["zero"].zero_()
             device.wait()
         self._staging = device.pinned(region_bytes(self._inputs.sizes))
         self._logits = device.pinned(4 * layout.rows * layout.output.width)
@@ -127,7 +127,7 @@ class GpuExecutor:
         self._kernels.clear()
         self._memory.clear()
 
-    def __enter__(self) -> GpuExecutor:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -242,7 +242,7 @@ class GpuExecutor:
 
     def _kernel_scratch(self, launch: Launch) -> Iterator[int]:
         """Addresses of what its binary asks for besides."""
-        start = self._memory["kernel scratch"].address("")
+        start = self._memory["scratch"].address("kernels")
         for scratch, place in zip(launch.binary.scratch, launch.scratch_places(), strict=False):
             yield start + place if scratch.bytes else 0
 
@@ -257,7 +257,7 @@ class GpuExecutor:
             return memory[region].address(buffer)
         area, _, start = arg.partition(":")
         if start:
-            return memory["activations"].address(area) + int(start)
+            return memory["scratch"].address(area) + int(start)
         kind, _, name = arg.rpartition(".")
         if kind == "count":
             return memory["inputs"].address("counts") + 4 * COUNTS.index(name)

@@ -210,7 +210,7 @@ def _parse(
         for b in data["binaries"]
     }
     areas = {area: _natural(data[f"{area}_bytes"]) for area in AREAS}
-    groups = tuple(tuple(_launch(launch, binaries) for launch in g) for g in data["groups"])
+    groups = tuple(tuple(read_launch(launch, binaries) for launch in g) for g in data["groups"])
     bind = tuple(
         {param: (at[0], at[1]) for param, at in step["bind"].items()} for step in plan["steps"]
     )
@@ -236,7 +236,13 @@ def _parse(
     return schedule
 
 
-def _launch(data: Mapping[str, Any], binaries: Mapping[str, Binary]) -> Launch:
+def read_binary(entry: Mapping[str, Any], made: Mapping[str, Any]) -> Binary:
+    """A binary from what schedule.json and binaries.json say of it."""
+    return Binary(entry["name"], aligned=tuple(p[1] for p in entry["params"]), **_made(made))
+
+
+def read_launch(data: Mapping[str, Any], binaries: Mapping[str, Binary]) -> Launch:
+    """A launch as schedule.json has it."""
     x, y, z = (_natural(blocks, 1) for blocks in data["grid"])
     per_sm = _natural(data.get("per_sm", 0))
     launch = Launch(binaries[data["binary"]], tuple(data["args"]), (x, y, z), per_sm)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tokenmill.cli import app
 from typer.testing import CliRunner, Result
 
-COMMANDS = ["optimize", "run", "eval", "bench", "inspect", "verify", "doctor"]
+COMMANDS = ["optimize", "run", "eval", "bench", "tune", "inspect", "verify", "doctor"]
 
 
 def tokenmill(*arguments: object) -> Result:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from ...ir.cache import FORMATS, LARGEST
+from ...ir.cache import FORMATS, LARGEST, PAGE
 from ...ir.plan import Attend
 from ..text import fill
 from .cache_write import Arg, cache_args, cache_pointers, pitch
 from .launch import Bucket, Group, Site, ceil_div, power_of_2
 from .target import GpuTarget
+from .tiles import SUMS_MOST, Walk, nearest
 
 LEAST_KEYS = 256  # of one split: fewer are not worth a partial result
 MOST_SPLITS = 64
@@ -145,23 +147,68 @@ def shape_of(site: Site) -> Shape:
     if spec.cache_format == "fp32":
         rows, blocks = 16, (32, 16)  # no tensor cores for such products
     for block in blocks:
-        held = rows * dim * max(2, FORMATS[spec.cache_format])
-        if spec.cache_format in LARGEST:  # widened to bf16 before they are multiplied
-            held += block * (dim + value) * 2
-        bytes_ = block * (dim + value) * FORMATS[spec.cache_format]
-        stages, resident = fit(site.target, rows, held, bytes_)
+        stages, resident = fit(site.target, rows, *_bytes(spec, rows, block))
         if stages >= 2 or block == 16:
             break
     return Shape(Tile.of(rows, group), block, 8 if rows >= 128 else 4, max(1, stages), resident)
 
 
+def _bytes(spec: Attend, rows: int, block: int) -> tuple[int, int]:
+    """What a tile of ``rows`` holds in shared memory, and what a block of keys and values takes."""
+    size, width = FORMATS[spec.cache_format], padded(spec.head_dim) + padded(spec.value_dim)
+    held = rows * padded(spec.head_dim) * max(2, size)
+    if spec.cache_format in LARGEST:  # widened to bf16 before they are multiplied
+        held += block * width * 2
+    return held, block * width * size
+
+
+def walk(
+    site: Site,
+    shape: Shape,
+    shares: int,
+    room: Callable[[int, int], tuple[int, int]],
+    columns: int,
+    exact: bool,
+) -> Walk:
+    """``shape`` in ``shares`` splits, unless other sizes were measured.
+
+    ``room`` gives the bytes that some rows hold and a block of keys takes; a row has ``columns`` sums.  Exact
+    products are not for tensor cores, whose tiles need no more rows than the least.
+    """
+
+    def settle(found: Walk) -> Walk | None:
+        held, loaded = room(found.rows, found.block)
+        buffers = found.stages - (not warp_groups(site.target, found.rows))
+        fits = (
+            16 <= found.rows <= (16 if exact else 128)
+            and 16 <= found.block <= PAGE
+            and found.splits <= min(MOST_SPLITS, ceil_div(site.positions, LEAST_KEYS))
+            and found.warps in (4, 8)
+            and found.rows * columns <= SUMS_MOST * 32 * found.warps
+            and 1 <= buffers <= 4
+            and held + buffers * loaded + SPARE <= site.target.shared_bytes
+        )
+        return found if fits else None
+
+    rule = Walk(shape.tile.rows, shape.block, shares, shape.warps, shape.stages)
+    return site.tiles.choose(site.symbol, site.rows, rule, lambda: nearest(rule, settle))
+
+
 def launches(site: Site) -> Group:
     spec = site.spec
     assert isinstance(spec, Attend)
-    shape = shape_of(site)
-    tile, most = shape.tile, shape.tile.most(site.bucket)
-    parts = ceil_div(spec.heads // spec.heads_kv, tile.heads)
-    shares = splits(site, most * spec.heads_kv * parts, shape, spec.window)
+    sharing, shape = spec.heads // spec.heads_kv, shape_of(site)
+    programs = shape.tile.most(site.bucket) * spec.heads_kv * ceil_div(sharing, shape.tile.heads)
+    sizes = walk(
+        site,
+        shape,
+        splits(site, programs, shape, spec.window),
+        lambda rows, block: _bytes(spec, rows, block),
+        padded(spec.value_dim),
+        spec.cache_format == "fp32",
+    )
+    tile, shares = Tile.of(sizes.rows, sharing), sizes.splits
+    most, parts = tile.most(site.bucket), ceil_div(sharing, tile.heads)
     value_block = padded(spec.value_dim)
     constants = site.pitches("q", "out") | {
         "TABLE_PITCH": site.table_pitch,
@@ -169,11 +216,11 @@ def launches(site: Site) -> Group:
         "ROWS": tile.rows,
         "QUERIES": tile.queries,
         "GROUP_TILE": tile.heads,
-        "BLOCK": shape.block,
+        "BLOCK": sizes.block,
         "DIM_BLOCK": padded(spec.head_dim),
         "VALUE_BLOCK": value_block,
         "SPLITS": shares,
-        "LEAST": ceil_div(LEAST_KEYS, shape.block),
+        "LEAST": ceil_div(LEAST_KEYS, sizes.block),
         "UNMASKED": tile.rows >= 64 and not spec.window,
     }
     sinks = ["sinks"] if spec.sinks else []
@@ -188,8 +235,8 @@ def launches(site: Site) -> Group:
         (most, spec.heads_kv * parts, shares),
         args,
         constants,
-        shape.warps,
-        shape.stages,
+        sizes.warps,
+        sizes.stages,
     )
     if shares == 1:
         return Group((attend,), {"partial": 0, "lse": 0})

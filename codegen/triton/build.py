@@ -19,9 +19,10 @@ from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Timer
 from typing import Any, TypeAlias
 
-from ...errors import KernelBuildFailed, KernelTooLarge, MissingExtra
+from ...errors import KernelBuildFailed, KernelTooLarge, MissingExtra, TokenmillError
 from .binary import ptx_header, read_cubin, tensor_cores, traps
 from .emit import SCHEDULE
 from .target import GpuTarget
@@ -62,6 +63,9 @@ class Binary:
     ptx: str
     ptx_target: str
     cuda: str  # version of the toolkit whose ptxas it was
+
+
+Outcome: TypeAlias = Binary | KernelBuildFailed | KernelTooLarge
 
 
 @dataclass(frozen=True)
@@ -125,30 +129,26 @@ def build_gpu(
     say = progress or (lambda done, total: None)
     with tempfile.TemporaryDirectory(prefix="tokenmill-") as directory:
         root = Path(directory)
-        package = root / "emitted"
-        package.mkdir()
-        for name, text in {**files, "__init__.py": ""}.items():
-            (package / name).write_text(text)
         built: dict[str, bytes] = {}
         binaries: dict[str, Binary] = {}
         say(0, len(entries))
-        with _compiler(root, target, len(entries)) as compiled:
-            for entry, answer in zip(entries, compiled(entries), strict=True):
+        with compiler(root, files, target, len(entries)) as compiled:
+            for entry, outcome in zip(entries, compiled(entries), strict=True):
+                if isinstance(outcome, TokenmillError):
+                    raise outcome
                 name = entry["name"]
                 for file in (f"{name}.cubin", f"{name}.ptx"):
                     built[file] = (root / file).read_bytes()
-                binaries[name] = _binary(entry, answer, built, target)
+                binaries[name] = outcome
                 say(len(binaries), len(entries))
     built[BINARIES] = _dump(target, binaries)
     return GpuBuild(schedule, binaries, built)
 
 
-def _binary(
-    entry: Entry, answer: Mapping[str, Any], built: Mapping[str, bytes], target: GpuTarget
-) -> Binary:
+def _binary(entry: Entry, answer: Mapping[str, Any], root: Path, target: GpuTarget) -> Binary:
     """What Triton says of a kernel, joined with what the binary says; raises if it is too large."""
-    cubin = read_cubin(built[f"{entry['name']}.cubin"])
-    ptx = built[f"{entry['name']}.ptx"].decode()
+    cubin = read_cubin((root / f"{entry['name']}.cubin").read_bytes())
+    ptx = (root / f"{entry['name']}.ptx").read_text()
     version, ptx_target = ptx_header(ptx)
     if traps(ptx):
         raise KernelBuildFailed(
@@ -201,21 +201,32 @@ def _dump(target: GpuTarget, binaries: Mapping[str, Binary]) -> bytes:
 
 
 @contextmanager
-def _compiler(
-    root: Path, target: GpuTarget, jobs: int
-) -> Iterator[Callable[[Sequence[Entry]], Iterator[dict[str, Any]]]]:
-    """A function that compiles entries on all cores and answers in their order.
+def compiler(
+    root: Path,
+    files: Mapping[str, str],
+    target: GpuTarget,
+    jobs: int,
+    limit: float | None = None,
+) -> Iterator[Callable[[Sequence[Entry]], Iterator[Outcome]]]:
+    """A function that compiles entries of emitted ``files`` on all cores and answers in their order.
 
-    A worker takes one job after the other, so that Triton is imported once for many.  However the caller
-    leaves, what is under way is finished, what is not begun is dropped, and no worker stays.
+    NAME.cubin and NAME.ptx are in ``root`` when it answers; an entry that takes more than ``limit`` seconds
+    has failed.  A worker takes one job after the other, so that Triton is imported once for many.  However
+    the caller leaves, what is under way is finished, what is not begun is dropped, and no worker stays.
     """
+    package = root / "emitted"
+    package.mkdir()
+    for name, text in {**files, "__init__.py": ""}.items():
+        (package / name).write_text(text)
     count = max(1, min(len(os.sched_getaffinity(0)), jobs, WORKERS_MOST))
     idle: SimpleQueue[_Worker] = SimpleQueue()
 
-    def compile_one(entry: Entry) -> dict[str, Any]:
+    def compile_one(entry: Entry) -> Outcome:
         worker = idle.get()
         try:
-            return worker.compile(entry)
+            return _binary(entry, worker.compile(entry, limit), root, target)
+        except (KernelBuildFailed, KernelTooLarge) as error:
+            return error
         finally:
             idle.put(worker)
 
@@ -235,24 +246,35 @@ class _Worker:
     def __init__(self, root: Path, target: GpuTarget, number: int) -> None:
         self.root, self.target = root, target
         self.log = root / f"{number}.log"
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[str]:
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", str(WORKER), str(root), str(target.capability)],
+            return subprocess.Popen(
+                [sys.executable, "-P", str(WORKER), str(self.root), str(self.target.capability)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=_environment(root),
+                env=_environment(self.root),
                 text=True,
             )
 
-    def compile(self, entry: Entry) -> dict[str, Any]:
+    def compile(self, entry: Entry, limit: float | None = None) -> dict[str, Any]:
+        if self.process.poll() is not None:  # the kernel before was too much for it
+            self.stop()
+            self.process = self._start()
         assert self.process.stdin is not None
         assert self.process.stdout is not None
+        timer = Timer(limit or 0, self.process.kill)
+        if limit is not None:
+            timer.start()
         try:
             print(json.dumps(entry), file=self.process.stdin, flush=True)
             line = self.process.stdout.readline()
         except BrokenPipeError:
             line = ""
+        finally:
+            timer.cancel()
         if not line:
             line = json.dumps({"error": f"the compiler ended with status {self.process.wait()}"})
         answer: dict[str, Any] = json.loads(line)

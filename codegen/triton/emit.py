@@ -34,6 +34,7 @@ from . import (
 )
 from .launch import Bucket, Group, Kernel, Launch, Site, View, ceil_div
 from .target import GpuTarget
+from .tiles import Table, Tiles
 
 EMITTERS: dict[str, ModuleType] = {
     "embed": embed,
@@ -60,8 +61,8 @@ SCHEDULE_VERSION = 1
 ALIGN = 256  # bytes: scratch arrays begin at multiples of it
 
 
-def emit(plan: Plan, target: GpuTarget) -> dict[str, str]:
-    """File name -> text."""
+def emit(plan: Plan, target: GpuTarget, table: Table | None = None) -> dict[str, str]:
+    """File name -> text; sizes that ``table`` has come before those of tiles.py."""
     names = symbols(plan, EMITTERS)
     kinds = {spec.kind for spec in names}
     sources = {
@@ -74,7 +75,7 @@ def emit(plan: Plan, target: GpuTarget) -> dict[str, str]:
         sources[f"{kind}_kernels.py"] = _kind_file(kind, kernels)
     if output := plan.buffers.get(plan.output):
         sources |= sampling_file(plan.vocab, output.width)
-    schedule = Schedule(plan, target, names).dump()
+    schedule = Schedule(plan, Tiles(target, table or {}), names).dump()
     sources[SCHEDULE] = (
         json.dumps(schedule, indent=None, separators=(",", ":"), sort_keys=True) + "\n"
     )
@@ -119,7 +120,7 @@ class Schedule:
     """Binaries and groups of launches, each but once however many steps share it."""
 
     plan: Plan
-    target: GpuTarget
+    tiles: Tiles
     names: Mapping[KernelSpec, str]
     binaries: dict[Kernel, str] = field(default_factory=dict)
     groups: dict[str, int] = field(default_factory=dict)
@@ -137,14 +138,19 @@ class Schedule:
         ]
         return {
             "version": SCHEDULE_VERSION,
-            "target": self.target.name,
+            "target": self.tiles.target.name,
             "table_pitch": self._table_pitch,
             "scratch_bytes": self.scratch_bytes,
             "zero_bytes": self.zero_bytes,
-            "binaries": [_binary(kernel, name) for kernel, name in self.binaries.items()],
+            "binaries": self.entries,
             "groups": [json.loads(text) for text in self.groups],
             "buckets": lists,
         }
+
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        """The binaries in their JSON form."""
+        return [_binary(kernel, name) for kernel, name in self.binaries.items()]
 
     @property
     def _table_pitch(self) -> int:
@@ -157,12 +163,23 @@ class Schedule:
         views = {param: _view(self.plan, operand) for param, operand in step.bind.items()}
         key = step.spec, bucket, step.rows, tuple(views.items())
         if key not in self.known:
-            site = Site(
-                step.spec, self.names[step.spec], self.target, bucket, step.rows, views,
-                self.plan.positions, self._table_pitch,
-            )  # fmt: skip
-            self.known[key] = self._group(EMITTERS[step.spec.kind].launches(site))
+            self.known[key] = self.launch(step, bucket, self.tiles)
         return self.known[key]
+
+    def launch(self, step: Step, bucket: Bucket, tiles: Tiles) -> int:
+        """Index of a step's group, its work cut as ``tiles`` has it."""
+        assert not isinstance(step.spec, Extern)
+        views = {param: _view(self.plan, operand) for param, operand in step.bind.items()}
+        site = Site(
+            step.spec, self.names[step.spec], tiles, bucket, step.rows, views,
+            self.plan.positions, self._table_pitch,
+        )  # fmt: skip
+        return self._group(EMITTERS[step.spec.kind].launches(site))
+
+    def group(self, index: int) -> list[dict[str, Any]]:
+        """The launches of a group in their JSON form."""
+        found: list[dict[str, Any]] = json.loads([*self.groups][index])
+        return found
 
     def _sample(self, bucket: Bucket) -> int:
         """Index of the group that chooses tokens from the logits; -1 if the plan has none."""

@@ -190,7 +190,8 @@ def _few(site: Site, spec: Experts) -> Group:
     up, down = _matrix(spec, "gate_up"), _matrix(spec, "down")
     inner, y = _scratch_types(site, spec)
     pairs = site.rows * spec.top_k
-    up_tile, down_tile = _lone(site, up, _bytes(site, "x")), _lone(site, down, _bytes(site, inner))
+    up_tile = _lone(site, up, "", _bytes(site, "x"))
+    down_tile = _lone(site, down, "_finish", _bytes(site, inner))
     blocks = ceil_div(down.n, down_tile.block_n)
     summed = _summed(spec)
     return Group(
@@ -248,8 +249,9 @@ def _many(site: Site, spec: Experts) -> Group:
     up_name = "_sorted_up" + "_e4m3" * (x_e4m3 or inner_e4m3)
     down_name = "_sorted_down" + "_e4m3" * inner_e4m3
     up_tile = _sorted(site, up, up_name, rows, x_bytes, x_e4m3, columns)
-    down_tile = _sorted(site, down, down_name, rows, inner_bytes, inner_e4m3)
-    down_tile = replace(down_tile, block_m=up_tile.block_m)
+    down_tile = _sorted(
+        site, down, down_name, rows, inner_bytes, inner_e4m3, block_m=up_tile.block_m
+    )
     # Every expert may leave its last tile unfinished.
     most = (pairs + min(spec.experts, pairs) * (up_tile.block_m - 1)) // up_tile.block_m
 
@@ -356,8 +358,8 @@ def _constants(tile: Gemm) -> dict[str, Constant]:
     return {"BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
 
 
-def _lone(site: Site, matrix: Matrix, x_bytes: int) -> Gemm:
-    """A warp per 16 rows of weights, and as many rows as leave each SM two programs.
+def _lone(site: Site, matrix: Matrix, name: str, x_bytes: int) -> Gemm:
+    """Unless measured, a warp per 16 rows of weights, and as many rows as leave each SM two programs.
 
     Up to three of them share its memory.
     """
@@ -368,7 +370,14 @@ def _lone(site: Site, matrix: Matrix, x_bytes: int) -> Gemm:
     k = min(128, 1024 // matrix.format.bits)
     step = k * (matrix.parts * n * matrix.format.bits // 8 + LONE * x_bytes)
     stages = max(2, min(6, site.target.shared_bytes // 3 // step))
-    return Gemm(LONE, n, k, warps=n // 16, stages=stages)
+    return tiles.gemm(
+        site.tiles,
+        site.symbol + name,
+        site.rows,
+        _problem(matrix, 1, pairs, x_bytes),
+        Gemm(LONE, n, k, warps=n // 16, stages=stages),
+        fixed=("block_m", "group_m"),
+    )
 
 
 def _pairs_of_tile(site: Site, matrix: Matrix) -> int:
@@ -390,26 +399,45 @@ def _sorted(
     x_bytes: int,
     e4m3: bool,
     columns: int = 1,
+    block_m: int | None = None,
 ) -> Gemm:
+    """A tile for at most ``rows`` pairs of one expert, or for those of the first product."""
     spec = site.spec
     assert isinstance(spec, Experts)
-    problem = tiles.Problem(
+    batch = min(spec.experts, site.rows * spec.top_k)
+    problem = _problem(matrix, rows, batch, x_bytes, e4m3, columns)
+    default = tiles.rule(site.target, problem)
+    if not e4m3:
+        default = _beside_weights(site, matrix, default)
+    fixed = []
+    if block_m is not None:
+        default, fixed = replace(default, block_m=block_m), ["block_m"]
+    tile = tiles.gemm(site.tiles, site.symbol + name, site.rows, problem, default, fixed)
+    return default if block_m not in (None, tile.block_m) else tile
+
+
+def _problem(
+    matrix: Matrix, rows: int, batch: int, x_bytes: int, e4m3: bool = False, columns: int = 1
+) -> tiles.Problem:
+    return tiles.Problem(
         m=rows,
         n=matrix.n,
         k=matrix.k,
         format=matrix.format,
         parts=matrix.parts,
-        batch=min(spec.experts, site.rows * spec.top_k),
+        batch=batch,
         x_bytes=x_bytes,
         e4m3=e4m3,
         splittable=False,
         columns=columns,
     )
-    tile = tiles.gemm(site.target, site.symbol + name, problem)
+
+
+def _beside_weights(site: Site, matrix: Matrix, tile: Gemm) -> Gemm:
+    """Decoded weights want registers beside those of the sums."""
     sums = tile.block_m * tile.block_n * matrix.parts
-    if matrix.format.name == "bf16" or e4m3 or tile.warps == 8 or sums <= 64 * 64:
+    if matrix.format.name == "bf16" or tile.warps == 8 or sums <= 64 * 64:
         return tile
-    # Decoded weights want registers beside those of the sums.
     if site.target.capability in (90, 100):  # whose tensor cores take 64 rows of weights at once
         return replace(tile, warps=8)
     return replace(tile, block_n=tile.block_n // 2)

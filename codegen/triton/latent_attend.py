@@ -19,7 +19,7 @@ from ...ir.cache import FORMATS
 from ...ir.plan import LatentAttend
 from ..text import fill
 from . import tiles
-from .attend import LEAST_KEYS, LOG2_E, Shape, Tile, fit, padded, splits, warp_groups
+from .attend import LEAST_KEYS, LOG2_E, Shape, Tile, fit, padded, splits, walk, warp_groups
 from .cache_write import Arg, cache_args, cache_pointers, pitch, pointer_to
 from .launch import Group, Launch, Site, ceil_div, power_of_2
 
@@ -176,37 +176,49 @@ def _math(fmt: str) -> str:
 def shape_of(site: Site) -> Shape:
     spec = site.spec
     assert isinstance(spec, LatentAttend)
-    columns = [padded(place.part.width) for place in spec.cache.places]
-    sizes = [FORMATS[place.format] for place in spec.cache.places]
-    size, width = FORMATS[spec.cache_format], sum(columns)
+    width = sum(padded(place.part.width) for place in spec.cache.places)
     # The heads of one query, and more queries where a bucket may hold long prompts.
     rows = max(16, power_of_2(spec.heads)) if site.bucket.tokens < 64 else 64
     rows = min(rows, 64 if width <= 320 or site.target.shared_bytes > 128 * 1024 else 32)
     blocks: tuple[int, ...] = (64, 32, 16) if warp_groups(site.target, rows) else (32, 16)
-    if size == 4:
+    if spec.cache_format == "fp32":
         rows, blocks = 16, (16,)  # no tensor cores for such products
     for block in blocks:
-        held = rows * width * max(2, size)
-        # Bytes are widened to bf16 before they are multiplied.
-        held += block * sum(2 * n for n, each in zip(columns, sizes, strict=True) if each == 1)
-        loaded = block * sum(n * each for n, each in zip(columns, sizes, strict=True))
-        stages, resident = fit(site.target, rows, held, loaded)
+        stages, resident = fit(site.target, rows, *_bytes(spec, rows, block))
         if stages >= 2:
             break
     warps = max(4, min(8, rows // 4))
     return Shape(Tile.of(rows, spec.heads), block, warps, max(1, stages), resident)
 
 
+def _bytes(spec: LatentAttend, rows: int, block: int) -> tuple[int, int]:
+    """What a tile of ``rows`` holds in shared memory, and what a block of latents and keys takes."""
+    columns = [padded(place.part.width) for place in spec.cache.places]
+    sizes = [FORMATS[place.format] for place in spec.cache.places]
+    held = rows * sum(columns) * max(2, FORMATS[spec.cache_format])
+    # Bytes are widened to bf16 before they are multiplied.
+    held += block * sum(2 * n for n, each in zip(columns, sizes, strict=True) if each == 1)
+    return held, block * sum(n * each for n, each in zip(columns, sizes, strict=True))
+
+
 def launches(site: Site) -> Group:
     spec = site.spec
     assert isinstance(spec, LatentAttend)
-    some = site.bucket.tokens >= spec.absorb_below  # a sequence may be expanded
-    shape = shape_of(site)
-    tile, most = shape.tile, shape.tile.most(site.bucket)
-    parts = ceil_div(spec.heads, tile.heads)
-    shares = splits(site, most * parts, shape)
     latents, ropes = pieces_of(spec)
-    exact = spec.cache_format == "fp32"
+    exact, shape = spec.cache_format == "fp32", shape_of(site)
+    programs = shape.tile.most(site.bucket) * ceil_div(spec.heads, shape.tile.heads)
+    columns = sum(padded(piece.width) for piece in latents)
+    sizes = walk(
+        site,
+        shape,
+        splits(site, programs, shape),
+        lambda rows, block: _bytes(spec, rows, block),
+        columns,
+        exact,
+    )
+    tile, shares = Tile.of(sizes.rows, spec.heads), sizes.splits
+    most, parts = tile.most(site.bucket), ceil_div(spec.heads, tile.heads)
+    some = site.bucket.tokens >= spec.absorb_below  # a sequence may be expanded
     # Of the absorbed path nothing is needed any more when keys are written: they take its place.
     latent_q = ("scratch.keys" if some else "scratch.q", "*fp32" if exact else "*bf16")
     mixed = ("scratch.mixed", "*fp32" if spec.up_format == "fp32" else "*bf16")
@@ -219,11 +231,11 @@ def launches(site: Site) -> Group:
         "ROWS": tile.rows,
         "QUERIES": tile.queries,
         "HEADS_TILE": tile.heads,
-        "BLOCK": shape.block,
+        "BLOCK": sizes.block,
         "LATENT_BLOCK": padded(latents[0].width),
         "ROPE_BLOCK": padded(ropes[0].width),
         "SPLITS": shares,
-        "LEAST": ceil_div(LEAST_KEYS, shape.block),
+        "LEAST": ceil_div(LEAST_KEYS, sizes.block),
         "UNMASKED": tile.queries > 1,
     }
     args: list[Arg] = [
@@ -236,8 +248,8 @@ def launches(site: Site) -> Group:
         (min(programs, most), parts, shares),
         args,
         constants,
-        shape.warps,
-        shape.stages,
+        sizes.warps,
+        sizes.stages,
     )
     pairs, size = site.rows * spec.heads, 4 if exact else 2
     scratch = {
@@ -408,7 +420,7 @@ def _expand(site: Site, latents: Arg, up: str, width: int, out: Arg, batch: list
         x_bytes=4 if spec.cache_format == "fp32" else 2,
         splittable=False,
     )
-    tile = tiles.gemm(site.target, f"{site.symbol}_expand", problem)
+    tile = tiles.rule(site.target, problem)
     return site.launch(
         f"{site.symbol}_expand",
         # Programs that run together share a block of weights.

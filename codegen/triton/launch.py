@@ -12,10 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from ...ir.plan import DTYPE_BYTES, KernelSpec, Rows
 from .target import GpuTarget
+
+if TYPE_CHECKING:
+    from .tiles import Tiles
 
 # Plan dtype -> what Triton calls it.
 TYPES = {
@@ -107,16 +110,21 @@ class View:
 
 @dataclass(frozen=True)
 class Site:
-    """Where a kernel runs.  ``positions`` bounds a sequence; ``table_pitch`` is a row of block_table."""
+    """Where a kernel runs.  ``positions`` bounds a sequence; ``table_pitch`` is a row of block_table;
+    ``tiles`` has the sizes that the work is cut into."""
 
     spec: KernelSpec
     symbol: str
-    target: GpuTarget
+    tiles: Tiles
     bucket: Bucket
     over: Rows
     views: Mapping[str, View]
     positions: int
     table_pitch: int
+
+    @property
+    def target(self) -> GpuTarget:
+        return self.tiles.target
 
     @property
     def rows(self) -> int:

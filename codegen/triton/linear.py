@@ -142,7 +142,7 @@ def launches(site: Site) -> Group:
     problem = tiles.Problem(
         site.rows, spec.n, spec.k, fmt, spec.parts, x_bytes=x_bytes, e4m3=e4m3, tiled=tiled
     )
-    tile = tiles.gemm(site.target, site.symbol, problem)
+    tile = tiles.gemm(site.tiles, site.symbol, site.rows, problem)
     count = tile.tiles(site.rows, spec.n) if tile.splits > 1 else 0
     scratch = {
         "partial": 4 * count * tile.splits * spec.parts * tile.block_m * tile.block_n,

@@ -1,22 +1,26 @@
-"""Sizes that matrix products are cut into, per target: the one place to change them.
+"""Sizes that the work of a kernel is cut into, per target: the one place to change them.
 
-``tiles/<target>.json`` has those that were measured, by kernel and by the most rows of a launch:
+``tiles/<target>.json``, and a table of the user's own before it, has those that were measured, by kernel and
+by the most rows of a launch (``tokenmill tune`` writes such tables):
 
     {"linear_n2112_k7168_fp8": {"16": {"block_m": 16, "block_n": 64, "block_k": 128, "splits": 4}}}
 
-For all others :func:`gemm` works them out.  Few rows: what counts is how fast the weights stream, so blocks
-are narrow, many, and have many loads in flight.  Many rows: what counts is reuse, so tiles are large, as long
-as there are enough of them for every multiprocessor.
+All others are worked out.  For products :func:`rule` does it.  Few rows: what counts is how fast the weights
+stream, so blocks are narrow, many, and have many loads in flight.  Many rows: what counts is reuse, so tiles
+are large, as long as there are enough of them for every multiprocessor.
 """
 
 from __future__ import annotations
 
+import heapq
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
+from ...errors import BadRecipe
 from ...ir import quant
 from .launch import ceil_div, power_of_2
 from .target import GpuTarget
@@ -29,6 +33,15 @@ JOIN = 400  # joining splits takes about as long as multiplying so many inputs
 # Tiles for many rows, and about what share of its speed a tensor core reaches with them.
 LARGE = {(128, 256): 1.0, (128, 128): 0.9, (64, 128): 0.75, (64, 64): 0.55}
 WIDE = {(64, 256): 0.8}  # where so many columns must stay together
+
+SUMS_MOST = 128  # fp32 sums that a thread holds
+REGISTERS_MOST = (
+    160  # of a thread, for sums, those of a group, and decoded weights, two to a register
+)
+OPTIONS_MOST = 40  # that are worth measuring for one launch
+# How far a halving or a doubling leads away: less often these change much.
+STEP, LESSER_STEP, LESSER = 2, 3, ("group_m", "stages")
+BY_ONE, MAY_BE_NONE = ("stages", "persistent"), ("persistent",)
 
 
 @dataclass(frozen=True)
@@ -62,6 +75,115 @@ class Gemm:
 
 
 @dataclass(frozen=True)
+class Walk:
+    """One block attends with ``rows`` pairs of query and head to ``block`` keys at a time.
+
+    ``splits`` blocks share the keys of one tile.
+    """
+
+    rows: int
+    block: int
+    splits: int = 1
+    warps: int = 4
+    stages: int = 2
+
+
+T = TypeVar("T", Gemm, Walk)
+# Kernel -> the most rows of a launch -> fields of its Gemm or Walk.
+Table: TypeAlias = Mapping[str, Mapping[str, Mapping[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """What was measured for a target: ``table``, and where it says nothing the one that comes along."""
+
+    target: GpuTarget
+    table: Table = field(default_factory=dict)
+
+    def choose(self, kernel: str, rows: int, rule: T, options: Callable[[], list[T]]) -> T:
+        """The sizes of a kernel's launches for at most ``rows`` rows, ``rule`` if none were measured.
+
+        ``options`` are those worth measuring, the most promising first; whoever tunes asks for them.
+        """
+        for table in (self.table, _shipped(self.target.name)):
+            if found := table.get(kernel, {}).get(str(rows)):
+                return type(rule)(**found)
+        return rule
+
+
+@cache
+def _shipped(name: str) -> Table:
+    text = files(__package__).joinpath("tiles", f"{name}.json").read_text()
+    found: Table = json.loads(text)["tiles"]
+    return found
+
+
+def check_table(target: str, table: Table) -> None:
+    """Raise BadRecipe for the first entry that no kernel can be cut by."""
+    for kernel, launches in table.items():
+        for rows, entry in launches.items():
+            kind = Walk if kernel.startswith(("attend_", "latent_attend_")) else Gemm
+            if reason := _mistake(kind, rows, entry):
+                names = ", ".join(f.name for f in fields(kind))
+                raise BadRecipe(
+                    where=f"tiles for {target}, {kernel}, {rows}",
+                    reason=reason,
+                    advice=f"its fields are {names}; `tokenmill tune` writes tables that fit",
+                )
+
+
+def _mistake(kind: type[Gemm | Walk], rows: str, entry: Mapping[str, Any]) -> str | None:
+    if not rows.isdecimal() or rows != str(int(rows)) or rows == "0":
+        return "the most rows of a launch are a number above 0"
+    if unknown := sorted(entry.keys() - {f.name for f in fields(kind)}):
+        return f"unknown field {unknown[0]!r}"
+    try:
+        found = asdict(kind(**entry))
+    except TypeError as error:
+        return str(error).replace(f"{kind.__name__}.__init__()", "it")
+    for name, value in found.items():
+        if isinstance(value, bool):
+            continue
+        power, least = name not in (*BY_ONE, "splits", "group_m"), int(name not in MAY_BE_NONE)
+        if value < least or (power and value & (value - 1)):
+            wanted = "a power of two" if power else f"{least} or more"
+            return f"{name} is {value}, and must be {wanted}"
+    return None
+
+
+def nearest(start: T, settle: Callable[[T], T | None], fixed: Collection[str] = ()) -> list[T]:
+    """``start`` and the sizes around it, in order of the halvings and doublings that lead to them.
+
+    ``settle`` makes a change whole, or refuses it; the ``fixed`` fields stay.
+    """
+    queue, known = [(0, 0, start)], {start}
+    found: list[T] = []
+    while queue and len(found) < OPTIONS_MOST:
+        distance, _, tile = heapq.heappop(queue)
+        found.append(tile)
+        for step, changed in _changes(tile, fixed):
+            settled = settle(changed)
+            if settled is not None and settled not in known:
+                known.add(settled)
+                heapq.heappush(queue, (distance + step, len(known), settled))
+    return found
+
+
+def _changes(tile: T, fixed: Collection[str]) -> Iterator[tuple[int, T]]:
+    """How far it leads, and one field changed: a size halved or doubled, a count by one, a switch turned."""
+    for name, value in asdict(tile).items():
+        if name in fixed:
+            continue
+        if isinstance(value, bool):
+            values = [not value]
+        else:
+            values = [value - 1, value + 1] if name in BY_ONE else [value // 2, value * 2]
+            values = [new for new in values if new >= (name not in MAY_BE_NONE)]
+        step = LESSER_STEP if name in LESSER else STEP
+        yield from ((step, replace(tile, **{name: new})) for new in values)
+
+
+@dataclass(frozen=True)
 class Problem:
     """x [m, k] times the transpose of ``parts`` matrices [n, k], for ``batch`` such problems in one launch.
 
@@ -86,23 +208,83 @@ class Problem:
         return self.batch * tile.tiles(self.m, self.n) * tile.splits
 
 
-def gemm(target: GpuTarget, symbol: str, problem: Problem) -> Gemm:
-    """The measured tile of a kernel, or a default."""
-    measured = _table(target.name).get(symbol, {}).get(str(problem.m))
-    if measured:
-        tile = Gemm(**measured)
-        return replace(tile, descriptors=tile.descriptors and problem.tiled and target.tma)
+def gemm(
+    tiles: Tiles,
+    kernel: str,
+    rows: int,
+    problem: Problem,
+    default: Gemm | None = None,
+    fixed: Collection[str] = (),
+) -> Gemm:
+    """The tile of a kernel's launches for at most ``rows`` rows, by default the rule's.
+
+    Nobody measures tiles with other ``fixed`` fields than the default's.
+    """
+    target = tiles.target
+    start = default or rule(target, problem)
+    found = tiles.choose(kernel, rows, start, lambda: options(target, problem, start, fixed))
+    if found.block_k not in _blocks_k(problem):
+        raise BadRecipe(
+            where=f"tiles for {target.name}, {kernel}, {rows}",
+            reason=f"block_k is {found.block_k}, and its format needs one of {_blocks_k(problem)}",
+            advice="mend the entry, or leave it out",
+        )
+    return replace(found, descriptors=found.descriptors and _describable(problem, target))
+
+
+def rule(target: GpuTarget, problem: Problem) -> Gemm:
+    """The tile of a product that nobody has measured."""
     if problem.m <= STREAMED_ROWS or _most_rows(problem, target) < STREAMED_ROWS:
         return _streamed(problem, target)
     return _reused(problem, target)
 
 
-@cache
-def _table(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(
-        files(__package__).joinpath("tiles", f"{name}.json").read_text()
-    )
-    return found
+def options(
+    target: GpuTarget, problem: Problem, start: Gemm, fixed: Collection[str] = ()
+) -> list[Gemm]:
+    """``start`` and the tiles around it that the architecture has room for."""
+    rows = min(_most_rows(problem, target), max(16, power_of_2(problem.m)))
+    columns = max(start.block_n, min(256, power_of_2(problem.n)))
+    plain = problem.format.name == "bf16" or problem.e4m3
+    grouped = problem.format.name == "fp8" or bool(problem.format.group)
+
+    def settle(tile: Gemm) -> Gemm | None:
+        """As many splits as have inputs, as many stages as have room, and loops that exist."""
+        steps = ceil_div(problem.k, tile.block_k)
+        splits = ceil_div(steps, ceil_div(steps, min(tile.splits, steps)))
+        stages = min(tile.stages, _stages(tile, problem, target, resident=1))
+        buffers = _buffer(tile, problem) * (stages - _mma(target))
+        threads, weights = 32 * tile.warps, problem.parts * tile.block_n
+        sums = weights * tile.block_m / threads
+        decoded = 0.0 if plain else weights * tile.block_k / threads / 2
+        fits = (
+            ("block_m" in fixed or 16 <= tile.block_m <= rows)
+            and 16 <= tile.block_n <= columns
+            and tile.block_k in _blocks_k(problem)
+            and tile.warps <= min(8, tile.block_n * problem.parts * tile.block_m // 128)
+            and sums <= SUMS_MOST
+            and sums * (1 + grouped) + decoded <= REGISTERS_MOST
+            and (splits == 1 or problem.splittable)
+            and (splits == 1 or tile.span(problem.k) > LEAST_INPUTS - tile.block_k)
+            and (tile.group_m == start.group_m or problem.m > tile.block_m)
+            and stages >= 2
+            and max(1, tile.persistent) * (buffers + RESERVED) <= target.shared_bytes
+            and (problem.columns == 1 or tile.block_n == problem.columns)
+            # Programs that share a tile run once; only products that may have descriptors know how to go on.
+            and (tile.persistent == 0 or (splits == 1 and problem.tiled))
+            and tile.persistent * tile.warps <= WARPS
+            and (not tile.descriptors or _describable(problem, target))
+        )
+        flatten = tile.flatten and tile.persistent > 0
+        return replace(tile, splits=splits, stages=stages, flatten=flatten) if fits else None
+
+    return nearest(start, settle, fixed)
+
+
+def _blocks_k(problem: Problem) -> tuple[int, ...]:
+    """Groups of inputs that share a scale are read whole, or in parts of a power of two."""
+    whole = problem.format.group or problem.e4m3
+    return (128,) if whole else (32, 64, 128)
 
 
 def _streamed(problem: Problem, target: GpuTarget) -> Gemm:
@@ -143,7 +325,7 @@ def _reused(problem: Problem, target: GpuTarget) -> Gemm:
     ]
     tile = min(options, key=cost)
     tile = replace(tile, stages=_stages(tile, problem, target, resident=1))
-    if problem.tiled and target.tma and tile.splits == 1:
+    if _describable(problem, target) and tile.splits == 1:
         # Sums that are scaled as they grow leave no registers for what is loaded ahead, and mma no memory.
         flatten = not problem.e4m3 and not _mma(target)
         memory = target.shared_bytes // (tile.stages * _buffer(tile, problem) + RESERVED)
@@ -194,6 +376,11 @@ def _stages(tile: Gemm, problem: Problem, target: GpuTarget, resident: int) -> i
     """As many as fit with ``resident`` blocks on a multiprocessor."""
     buffers = (target.shared_bytes // resident - RESERVED) // _buffer(tile, problem)
     return max(2, min(6, buffers + _mma(target)))
+
+
+def _describable(problem: Problem, target: GpuTarget) -> bool:
+    """Whether tensor descriptors may say where the operands are."""
+    return problem.tiled and target.tma
 
 
 def _buffer(tile: Gemm, problem: Problem) -> int:
