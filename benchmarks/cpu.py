@@ -1,8 +1,9 @@
-"""Compiled artifacts next to what people run on a CPU: transformers, llama.cpp, ik_llama.cpp.
+"""Compiled artifacts next to what people run on a CPU: transformers, llama.cpp, ik_llama.cpp, vLLM.
 
     python benchmarks/cpu.py MODEL [--artifact FORMAT=DIR]... [--rounds 3] [--json FILE] [--skip NAME]...
         [--llama-bench PROGRAM --gguf NAME=FILE... [--batched-bench PROGRAM]]
         [--ik-bench PROGRAM --ik-gguf NAME=FILE... [--ik-batched-bench PROGRAM]]
+        [--vllm-python PROGRAM]
 
 Every measurement is a process of its own, and all contenders take turns, round by round, so that what
 else the machine does falls on all of them; medians are compared.  What is measured:
@@ -62,6 +63,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 PROMPT, TOKENS, SEQUENCES, POSITIONS = 512, 128, 8, 4096
 TOKENMILL = [sys.executable, "-c", "from tokenmill.cli import main; main()"]
 TRANSFORMERS = [sys.executable, str(Path(__file__).with_name("transformers_peer.py"))]
+VLLM = Path(__file__).with_name("vllm_peer.py")
 RATES = ("prefill", "decode", "decode_deep", "batched")
 SHOWN: dict[str, Callable[[float], str]] = {
     **dict.fromkeys(RATES, amount),
@@ -115,6 +117,8 @@ def _options() -> argparse.Namespace:
         parser.add_argument(name, type=_named, action="append", default=[], metavar="NAME=PATH")
     for name in ("--llama-bench", "--batched-bench", "--ik-bench", "--ik-batched-bench"):
         parser.add_argument(name, type=_path, metavar="PROGRAM")
+    # Not resolved: the interpreter of a virtual environment is known by the link to it.
+    parser.add_argument("--vllm-python", type=Path, metavar="PROGRAM")
     parser.add_argument("--skip", action="append", default=[], metavar="NAME")
     parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--rounds", type=int, default=3)
@@ -145,6 +149,8 @@ def _contenders(options: argparse.Namespace) -> Iterator[Contender]:
         yield Contender(f"llama.cpp {name}", lambda p=path: _llama(options, p))
     for name, path in options.ik_gguf if options.ik_bench else []:
         yield Contender(f"ik_llama.cpp {name}", lambda p=path: _ik(options, p))
+    if options.vllm_python:
+        yield Contender("vLLM bf16", lambda: _vllm(options))
 
 
 def _compiled(model: Path) -> Iterator[tuple[str, Path]]:
@@ -217,6 +223,15 @@ def _ik(options: argparse.Namespace, gguf: Path) -> Figures:
         # Here -rtr takes no value, and fused experts are the default.
         flags = ["-mla", 3, "-rtr"]
         found["batched"] = _batched(options.ik_batched_bench, gguf, options.threads, flags)
+    return found
+
+
+def _vllm(options: argparse.Namespace) -> Figures:
+    done = _spawn(
+        options.vllm_python.absolute(), VLLM, options.model, "--prompt", PROMPT, "--tokens", TOKENS,
+        "--threads", options.threads,
+    )  # fmt: skip
+    found: Figures = json.loads(done.output.splitlines()[-1])
     return found
 
 

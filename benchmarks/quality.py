@@ -27,7 +27,7 @@ from tokenmill import Recipe
 from tokenmill.api import original
 from tokenmill.bench import hardware
 from tokenmill.evaluate import evaluate
-from tokenmill.recipe import Budget, Rule
+from tokenmill.recipe import Budget, Healing, Rule
 from tokenmill.units import size
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -36,6 +36,7 @@ MODELS = ("tiny_deepseek", "tiny_qwen3_moe")
 EVERYWHERE = tuple(
     Rule(match=f"role:{r}", format="int4-g128") for r in ("expert", "linear", "head")
 )
+HEALING = Healing(steps=300)
 ROWS: dict[str, dict[str, Any]] = {
     "bf16": {"weights": "bf16"},
     "bf16, cache int8": {"weights": "bf16", "kv": "int8"},
@@ -49,6 +50,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "int4-g128 everywhere, balance": {"rules": EVERYWHERE, "rounding": "clip", "balance": True},
     "int4-g128 everywhere, gptq": {"rules": EVERYWHERE, "rounding": "gptq"},
     "int4-g128 everywhere, rotate, gptq": {"rules": EVERYWHERE, "rounding": "gptq", "rotate": True},
+    "int4-g128 everywhere, gptq, healed": {
+        "rules": EVERYWHERE,
+        "rounding": "gptq",
+        "heal_scales": HEALING,
+    },
     "--max-loss 1%": {"rounding": "gptq", "budget": Budget(max_loss="1%")},
 }
 
