@@ -184,7 +184,7 @@ def test_the_largest_saving_within_a_limit_is_taken(
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_too_few_texts_are_refused(checkpoint: Path, tmp_path: Path, count: int) -> None:
-    with pytest.raises(BadRequest, match="too few to measure a conversion"):
+    with pytest.raises(BadRequest, match="too few to measure healing"):
         optimize(
             checkpoint,
             tmp_path / "out",
