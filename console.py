@@ -108,6 +108,7 @@ def facts_view(facts: Mapping[str, Any]) -> list[RenderableType]:
         _sizes(facts),
         *compressed,
         *fitted,
+        *_healed(facts.get("heal_scales")),
         *searched,
         "",
         _passes(facts),
@@ -128,6 +129,18 @@ def _compressed(found: Mapping[str, Any]) -> list[RenderableType]:
         "",
         saved,
         "  perplexity after each step: " + ", ".join(lost) if lost else "  not measured",
+    ]
+
+
+def _healed(found: Mapping[str, Any] | None) -> list[RenderableType]:
+    """What training the scales got back."""
+    if not found:
+        return []
+    losses = [kl for _, _, _, _, kl, _ in found["curve"]]
+    learned = f"{found['used']:.3g} {found['unit']}, {found['tokens']:,} tokens"
+    return [
+        "",
+        f"scales healed for {learned}: KL {losses[0]:.2g} -> {min(losses):.2g} on text held back",
     ]
 
 

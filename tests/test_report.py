@@ -224,6 +224,8 @@ def test_healed_scales_are_shown(facts: dict[str, Any]) -> None:
     assert page.count('<g class="chosen">') == 1
     assert "2 steps: KL 1.2 ± 0.1, perplexity +0.20% ± 0.10%" in page
     assert "Healing" not in render(facts | {"heal_scales": None}, {})
+    said = _console(facts | {"heal_scales": healing})
+    assert "scales healed for 2 steps, 4,096 tokens: KL 0.0018 -> 0.0012 on text held back" in said
 
 
 def _conversion_facts() -> dict[str, Any]:
