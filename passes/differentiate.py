@@ -47,9 +47,8 @@ class Differentiable(Runner):
         positions = torch.cat([torch.arange(n, device=ids.device) for n in self._lengths])
         rows = torch.arange(len(ids), device=ids.device)
         inputs = {"ids": ids[None], "positions": positions[None], "rows": rows}
-        out = self.run(
-            *map(inputs.get, self._inputs)
-        )  # None for caches and what finds a place in them
+        # Caches, and what finds a place in them, are not looked at.
+        out = self.run(*map(inputs.get, self._inputs))
         logits = out[0] if isinstance(out, tuple) else out
         return logits.reshape(-1, logits.shape[-1]).float()
 

@@ -53,8 +53,8 @@ class Heal(Pass):
     ``learning_rate`` is that of matrices with 256 inputs or fewer; wider ones have a smaller one.  It falls
     to zero over ``minutes``, however fast the machine is, or over ``steps``, which gives the same weights
     every time.  With ``relative`` it is in units of the mean magnitude of each weight instead, for scales.
-    What is reached goes to ``workspace``, if there is one, under ``place``, every two minutes: a run that was
-    killed goes on there, with the minutes that are left.  ``progress`` hears seconds, or steps.
+    What is reached goes to ``workspace``, if there is one, every two minutes: a run that was killed goes on
+    there, with the minutes that are left.  ``progress`` hears seconds, or steps.
 
     Tokens must be proven independent, and weights not yet in the arguments of the ops that read them.
     Teacher and program are in memory whole, in fp32, what both have in common once; it runs on a GPU if torch
@@ -74,7 +74,6 @@ class Heal(Pass):
     learning_rate: float = 1e-3
     relative: bool = False
     seed: int = 0
-    place: str = "heal"
     workspace: Workspace | None = None
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
     curve: list[tuple[float, Loss]] = field(default_factory=list, init=False)
@@ -87,7 +86,7 @@ class Heal(Pass):
 
     def run(self, program: Program) -> int:
         self._check(program)
-        room = self.workspace and self.workspace.room(self.place, self._key(program))
+        room = self.workspace and self.workspace.room(self.name, self._key(program))
         label, state = (room and room.load_state()) or ("", {})
         if label == HEALED:
             self.recall(state)

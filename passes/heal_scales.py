@@ -44,10 +44,11 @@ class HealScales(Pass):
         if not scales:
             self.notes = ["no weight is rounded to fewer than 8 bits: there is nothing to heal"]
             return 0
+        # A room of its own: a conversion of the same model may have been healed too.
+        room = self.workspace and self.workspace.room(self.name, {})
         heal = Heal(
             teacher, scales, self.text, self.held, self.options.minutes, self.options.steps,
-            learning_rate=RATE, relative=True, workspace=self.workspace, place=self.name,
-            progress=self.progress,
+            learning_rate=RATE, relative=True, workspace=room, progress=self.progress,
         )  # fmt: skip
         heal.run(program)
         self.facts, self.notes = heal.record(), heal.notes

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from ...ir.cache import FORMATS, LARGEST, PAGE
 from ...ir.plan import Attend
 from ..text import fill
-from .cache_write import Arg, cache_args, cache_pointers, pitch
-from .launch import Bucket, Group, Site, ceil_div, power_of_2
+from .cache_write import cache_args, cache_pointers, pitch
+from .launch import Bucket, Group, Site, Source, ceil_div, power_of_2
 from .target import GpuTarget
 from .tiles import SUMS_MOST, Walk, nearest
 
@@ -226,7 +226,7 @@ def launches(site: Site) -> Group:
     sinks = ["sinks"] if spec.sinks else []
     slopes = ["slopes"] if spec.slopes else []
     partial, lse = ("scratch.partial", "*fp32"), ("scratch.lse", "*fp32")
-    args: list[Arg] = [
+    args: list[Source] = [
         "q", *sinks, *slopes, *cache_args(spec.cache, site.target), "out", partial, lse,
         "positions", "starts", "block_table", "count.sequences",
     ]  # fmt: skip

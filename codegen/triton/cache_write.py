@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
 from ...ir.cache import FORMATS, LARGEST, PAGE, CacheSpec, Place
 from ...ir.plan import CacheWrite
 from ..text import fill
-from .launch import Group, Site, power_of_2
+from .launch import Group, Site, Source, power_of_2
 from .target import GpuTarget
 
-# What ``Site.launch`` takes for a pointer.
-Arg: TypeAlias = str | tuple[str, str]
 # What numbers of a format are read as.
 POINTERS = {"fp32": "*fp32", "bf16": "*bf16", "int8": "*i8", "fp8": "*fp8e4nv"}
 
@@ -33,7 +29,7 @@ def pointer_to(cache: CacheSpec, place: Place) -> str:
     return "cache_ptr" if place.format == cache.format else f"{place.format}_ptr"
 
 
-def cache_args(cache: CacheSpec, target: GpuTarget) -> list[Arg]:
+def cache_args(cache: CacheSpec, target: GpuTarget) -> list[Source]:
     """What these pointers point at; E4M3 by its bits, where the architecture does not know it."""
     formats = cache_pointers(cache).values()
     bits = {} if target.fp8 else {"fp8": "*u8"}
@@ -99,7 +95,7 @@ def launches(site: Site) -> Group:
         "TABLE_PITCH": site.table_pitch,
         "SEQUENCES": site.sequences,
     }
-    args: list[Arg] = [
+    args: list[Source] = [
         *inputs, *cache_args(spec.cache, site.target),
         "positions", "starts", "block_table", "count.sequences", "count.tokens",
     ]  # fmt: skip

@@ -20,8 +20,8 @@ from ...ir.plan import LatentAttend
 from ..text import fill
 from . import tiles
 from .attend import LEAST_KEYS, LOG2_E, Shape, Tile, fit, padded, splits, walk, warp_groups
-from .cache_write import Arg, cache_args, cache_pointers, pitch, pointer_to
-from .launch import Group, Launch, Site, ceil_div, power_of_2
+from .cache_write import cache_args, cache_pointers, pitch, pointer_to
+from .launch import Group, Launch, Site, Source, ceil_div, power_of_2
 
 PROGRAMS = 8  # on a processor, of kernels whose programs take turns
 GATHERED = 16  # tokens of a program
@@ -238,7 +238,7 @@ def launches(site: Site) -> Group:
         "LEAST": ceil_div(LEAST_KEYS, sizes.block),
         "UNMASKED": tile.queries > 1,
     }
-    args: list[Arg] = [
+    args: list[Source] = [
         "q", latent_q, *cache_args(spec.cache, site.target), mixed if shares == 1 else partial, lse,
         "positions", "starts", "block_table", "count.sequences",
     ]  # fmt: skip
@@ -285,7 +285,7 @@ def _frame(
     site: Site,
     work: str,
     grid: tuple[int, int, int],
-    args: list[Arg],
+    args: list[Source],
     constants: Mapping[str, int],
     warps: int = 4,
     stages: int = 2,
@@ -314,7 +314,7 @@ def _lower(site: Site, latent_q: tuple[str, str]) -> Launch:
         "LATENT_BLOCK": columns,
     }
     grid = (ceil_div(site.rows, tokens), spec.heads, ceil_div(spec.latent, columns))
-    args: list[Arg] = ["q", *_weights(spec, "w_uk"), latent_q]
+    args: list[Source] = ["q", *_weights(spec, "w_uk"), latent_q]
     return _frame(site, "lower", grid, args, constants)
 
 
@@ -331,7 +331,7 @@ def _raise(site: Site, mixed: tuple[str, str]) -> Launch:
         "VALUE_BLOCK": columns,
     }
     grid = (ceil_div(site.rows, tokens), spec.heads, ceil_div(spec.value, columns))
-    args: list[Arg] = [mixed, *_weights(spec, "w_uv"), "out"]
+    args: list[Source] = [mixed, *_weights(spec, "w_uv"), "out"]
     return _frame(site, "raise", grid, args, constants, stages=3)
 
 
@@ -408,7 +408,9 @@ def _expanded(site: Site, shares: int) -> tuple[Launch, ...]:
     return (gather, *expands, attend)
 
 
-def _expand(site: Site, latents: Arg, up: str, width: int, out: Arg, batch: list[str]) -> Launch:
+def _expand(
+    site: Site, latents: Source, up: str, width: int, out: Source, batch: list[str]
+) -> Launch:
     spec = site.spec
     assert isinstance(spec, LatentAttend)
     n, exact = spec.heads * width, "fp32" in (spec.cache_format, spec.up_format)
