@@ -20,6 +20,8 @@ from .schedule import Binary, Launch
 if TYPE_CHECKING:
     from torch import Tensor as TorchTensor
 
+# What lets a launch begin while the one before it runs.
+EARLY = "programmatic_stream_serialization"
 # Shared memory that a block gets without asking.
 SHARED_BYTES = 48 * 1024
 # When works are timed, the card first waits so many cycles while the host launches so many works.
@@ -91,10 +93,13 @@ class CudaDevice:
         return kernel
 
     def launcher(self, kernel: Any, launch: Launch, addresses: Sequence[int]) -> Work:
+        # Older versions of cuda.core let no launch begin early.
+        early = launch.binary.waits and hasattr(self._core.LaunchConfig, EARLY)
         config = self._core.LaunchConfig(
             grid=launch.blocks(self._sms),
             block=launch.binary.threads,
             shmem_size=launch.binary.shared,
+            **({EARLY: True} if early else {}),
         )
         return partial(self._core.launch, self._stream, config, kernel, *addresses)
 

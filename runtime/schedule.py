@@ -39,7 +39,7 @@ class Binary:
     """A compiled kernel: ``symbol`` in the file ``name`` + ``.cubin`` or ``.ptx``.
 
     ``aligned`` says of each parameter whether its address must be a multiple of 16; a pointer for each
-    of ``scratch`` follows them.
+    of ``scratch`` follows them.  One that ``waits`` for the launches before it may begin while they run.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Binary:
     threads: int
     shared: int
     scratch: tuple[Scratch, ...]
+    waits: bool = False
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,7 @@ def _made(facts: Mapping[str, Any]) -> dict[str, Any]:
         "threads": _natural(facts["threads"], 1),
         "shared": _natural(facts["shared_bytes"]),
         "scratch": scratch,
+        "waits": bool(facts.get("waits", False)),
     }
 
 

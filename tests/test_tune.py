@@ -100,8 +100,8 @@ def stub(root: Path, files: Any, target: Any, jobs: int, limit: float) -> Iterat
             (root / f"{entry['name']}.cubin").write_text(json.dumps(entry))
             yield Binary(
                 kernel=entry["function"], threads=32 * entry["warps"], shared_bytes=0, scratch=[],
-                registers=0, local_bytes=0, tensor_memory=0, tensor_cores=[], ptx="8.7",
-                ptx_target="sm_90a", cuda="12.9",
+                registers=0, local_bytes=0, tensor_memory=0, tensor_cores=[], waits=True,
+                ptx="8.7", ptx_target="sm_90a", cuda="12.9",
             )  # fmt: skip
 
     yield compiled

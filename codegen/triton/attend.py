@@ -287,6 +287,7 @@ def $symbol(
 
     One program: QUERIES of a sequence with GROUP_TILE heads of one kv head, one split of their keys.
     """
+    wait_for_launches()
     HEADS: tl.constexpr = $heads
     GROUP: tl.constexpr = $heads // $heads_kv
     GROUP_TILES: tl.constexpr = (GROUP + GROUP_TILE - 1) // GROUP_TILE
@@ -384,6 +385,7 @@ def ${symbol}_join(
     OUT_PITCH: tl.constexpr, SPLITS: tl.constexpr, SPLITS_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
 ):
     """out[t, h], the splits' results weighted by what each saw; one token and head per program."""
+    wait_for_launches()
     VALUE: tl.constexpr = $value
     token = tl.program_id(0).to(tl.int64)
     if token >= tl.load(count_ptr):

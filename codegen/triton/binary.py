@@ -12,6 +12,7 @@ _SIZED = 4
 _PARAM, _FRAME_SIZE, _REGISTERS, _CUDA = 0x17, 0x11, 0x2F, 0x37
 _PRODUCT = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\.([\w.:]+)")
 _KIND = re.compile(r"kind::(\w+)")
+_ELSEWHERE = re.compile(r"\b(?:bra|brx|call|ret|exit|cp|(?:ld|st|atom|red)(?!\.param|\.shared))\b")
 _NUMBER = re.compile(r"(?:b|t)?f\d+|e\dm\d|[su]\d+")  # number types in an instruction's name
 
 
@@ -98,6 +99,19 @@ def traps(ptx: str) -> bool:
     (True, False)
     """
     return "trap;" in ptx and not re.search(r"\b(st|cp|red|atom)\.", ptx)
+
+
+def waits_first(ptx: str) -> bool:
+    """Whether a kernel waits for the launches before it ahead of anything that they could have to do with.
+
+    >>> waits_first("{\\n\\tgriddepcontrol.wait;\\n\\tld.global.b32 %r1, [%rd1];\\n}")
+    True
+    >>> waits_first("{\\n\\tld.global.b32 %r1, [%rd1];\\n\\tgriddepcontrol.wait;\\n}")
+    False
+    """
+    before, wait, _ = ptx.partition("griddepcontrol.wait")
+    # In the code that every way through the kernel begins with; shared memory is nobody else's.
+    return bool(wait) and not _ELSEWHERE.search(before)
 
 
 def ptx_header(ptx: str) -> tuple[str, str]:

@@ -23,7 +23,7 @@ from threading import Timer
 from typing import Any, TypeAlias
 
 from ...errors import KernelBuildFailed, KernelTooLarge, MissingExtra, TokenmillError
-from .binary import ptx_header, read_cubin, tensor_cores, traps
+from .binary import ptx_header, read_cubin, tensor_cores, traps, waits_first
 from .emit import SCHEDULE
 from .target import GpuTarget
 
@@ -49,7 +49,8 @@ class Binary:
     """What the runtime needs to launch a cubin, and what became of a kernel: an entry of binaries.json.
 
     After the pointers of the schedule a kernel takes one for each of ``scratch``: memory of so many bytes
-    per block of the grid, at such an alignment; null where there are none.
+    per block of the grid, at such an alignment; null where there are none.  One that ``waits`` for the
+    launches before it may begin while they still run.
     """
 
     kernel: str  # its symbol in the cubin
@@ -60,6 +61,7 @@ class Binary:
     local_bytes: int  # per thread: what was spilled
     tensor_memory: int  # columns
     tensor_cores: list[str]  # instructions, with the type that they multiply
+    waits: bool
     ptx: str
     ptx_target: str
     cuda: str  # version of the toolkit whose ptxas it was
@@ -168,6 +170,7 @@ def _binary(entry: Entry, answer: Mapping[str, Any], root: Path, target: GpuTarg
         local_bytes=cubin.local_bytes,
         tensor_memory=answer["tensor_memory"],
         tensor_cores=tensor_cores(ptx),
+        waits=waits_first(ptx),
         ptx=version,
         ptx_target=ptx_target,
         cuda=cubin.cuda,

@@ -125,6 +125,7 @@ def $symbol(
     TABLE_PITCH: tl.constexpr, SEQUENCES: tl.constexpr,
 ):
     """cache[block_table[b, p // $page], p % $page] = $parts of a token at position p of sequence b."""
+    wait_for_launches()
     PAGE: tl.constexpr = $page
     token = tl.program_id(0).to(tl.int64)
     if token >= tl.load(tokens_ptr):

@@ -49,6 +49,7 @@ def $symbol(
     BLOCK: tl.constexpr,
 ):
     """$about"""
+    wait_for_launches()
     $constants
     row = tl.program_id(0).to(tl.int64)
     if row >= tl.load(count_ptr):

@@ -43,6 +43,7 @@ def $symbol(
     OUT_PITCH: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """out[t] = table[index[t]]$scaled, table [$vocab, $width]; one row, one block of columns per program."""
+    wait_for_launches()
     WIDTH: tl.constexpr = $width
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

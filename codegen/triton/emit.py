@@ -1,4 +1,4 @@
-"""From a plan to Triton text: support.py, one file per kernel kind, and ``schedule.json``.
+"""From a plan to Triton text: shared device functions, one file per kernel kind, and ``schedule.json``.
 
 Pure: the same plan and target give the same bytes.  The schedule says which functions of the text become
 binaries, with what bound, and which of them every step launches; ``codegen/ABI.md`` has its form.
@@ -75,6 +75,7 @@ def emit(plan: Plan, target: GpuTarget, table: Table | None = None) -> dict[str,
         sources[f"{kind}_kernels.py"] = _kind_file(kind, kernels)
     if output := plan.buffers.get(plan.output):
         sources |= sampling_file(plan.vocab, output.width)
+    sources |= launches_file(target)
     schedule = Schedule(plan, Tiles(target, table or {}), names).dump()
     sources[SCHEDULE] = (
         json.dumps(schedule, indent=None, separators=(",", ":"), sort_keys=True) + "\n"
@@ -92,6 +93,12 @@ def sampling_file(vocab: int, pitch: int) -> dict[str, str]:
             body=sample.emit(vocab, pitch),
         )
     }
+
+
+def launches_file(target: GpuTarget) -> dict[str, str]:
+    """How kernels of a target wait for each other."""
+    body = DEPENDENT if target.dependent_launch else INDEPENDENT
+    return {"launches.py": fill(LAUNCHES, body=body.strip())}
 
 
 def _kind_file(kind: str, kernels: Mapping[KernelSpec, str]) -> str:
@@ -248,8 +255,31 @@ KIND_FILE = '''
 import triton
 import triton.language as tl
 
+from .launches import wait_for_launches
 $imports
 
 
 $body
+'''
+LAUNCHES = '''
+"""How a kernel meets those that were launched before it."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def wait_for_launches():
+    $body
+'''
+INDEPENDENT = '''
+"""Nothing: on this architecture a launch begins when those before it have ended."""
+'''
+DEPENDENT = '''
+"""Wait for what the launches before have written, and then let the next one take its place on the card.
+
+Every kernel begins with it, so whoever has waited for one launch has waited for all before that.
+"""
+tl.extra.cuda.gdc_wait()
+tl.extra.cuda.gdc_launch_dependents()
 '''

@@ -467,6 +467,7 @@ def $symbol(
     X_PITCH: tl.constexpr, IDS_PITCH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """inner of one pair, a block of columns."""
+    wait_for_launches()
     TOP_K: tl.constexpr = $top_k
     TILE: tl.constexpr = $lone  # pairs, of which the first exists
     pair = tl.program_id(0)
@@ -491,6 +492,7 @@ def ${symbol}_finish(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """y of one pair, a block of columns; and out, by the last of a token's choices to arrive."""
+    wait_for_launches()
     TOP_K: tl.constexpr = $top_k
     TILE: tl.constexpr = $lone  # pairs, of which the first exists
     pair = tl.program_id(0)
@@ -522,6 +524,7 @@ def ${symbol}_sort(
     """order [pairs]: by expert, those of one as they come.  tiles: how many, then (expert, begin, end) of
     each, up to BLOCK_M pairs order[begin:end] of one expert.  A program per expert, which counts all.
     """
+    wait_for_launches()
     TOP_K: tl.constexpr = $top_k
     EXPERTS: tl.constexpr = $experts_block  # a power of two
     expert = tl.program_id(0)
@@ -560,6 +563,7 @@ def ${symbol}_sum(
     BLOCK_N: tl.constexpr,
 ):
     """out of one token, a block of columns."""
+    wait_for_launches()
     token = tl.program_id(0).to(tl.int64)
     if token >= tl.load(count_ptr):
         return
@@ -611,6 +615,7 @@ def ${symbol}_sorted_up$variant(
     ${x_sizes}BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr$block_k,
 ):
     """inner of a tile of pairs, a block of columns."""
+    wait_for_launches()
     tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
     if tile >= tl.load(tiles_ptr):
         return
@@ -656,6 +661,7 @@ def ${symbol}_sorted_down$variant(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr$block_k,
 ):
     """y of a tile of pairs, a block of columns."""
+    wait_for_launches()
     tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
     if tile >= tl.load(tiles_ptr):
         return
@@ -695,6 +701,7 @@ def ${symbol}_sort_e4m3(
     X_PITCH: tl.constexpr, GROUPS: tl.constexpr,
 ):
     """As _sort; programs beyond the experts round x to E4M3, GROUPS times 128 inputs of a token each."""
+    wait_for_launches()
     HIDDEN: tl.constexpr = $hidden
     PARTS: tl.constexpr = (HIDDEN + 128 * GROUPS - 1) // (128 * GROUPS)
     part = tl.program_id(0) - $experts

@@ -483,6 +483,7 @@ def $symbol(
 
     One program: QUERIES of a sequence with HEADS_TILE heads, one split of their keys.
     """
+    wait_for_launches()
     HEADS: tl.constexpr = $heads
     sequence, first, queries = query_tile(
         tl.program_id(0), starts_ptr, tl.load(sequences_ptr), QUERIES, SEQUENCES
@@ -520,6 +521,7 @@ def ${symbol}_some(
 
     One program: every so many tiles, of sequences that have keys to absorb.
     """
+    wait_for_launches()
     LONG: tl.constexpr = $long
     HEADS: tl.constexpr = $heads
     begins, ends, before = spans_of(positions_ptr, starts_ptr, sequences_ptr, SEQUENCES)
@@ -701,6 +703,7 @@ def ${symbol}_gather(
 ):
     """latents [tokens, $latent] and ropes [tokens, $rope] of sequences that are expanded, from their rows of
     the cache; TOKENS of one."""
+    wait_for_launches()
     MATH: tl.constexpr = $math
     MASKED: tl.constexpr = True
     begins, ends, _ = spans_of(positions_ptr, starts_ptr, sequences_ptr, SEQUENCES)
@@ -727,6 +730,7 @@ def ${symbol}_expand(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """out[t] = w latents[t] of sequences that are expanded, w [N, $latent]: keys or values of all heads."""
+    wait_for_launches()
     LATENT: tl.constexpr = $latent
     first = tl.program_id(0) * BLOCK_M
     begins, ends, _ = spans_of(positions_ptr, starts_ptr, sequences_ptr, SEQUENCES)
@@ -759,6 +763,7 @@ def ${symbol}_expanded(
 
     One program: QUERIES of a sequence, one head.
     """
+    wait_for_launches()
     HEADS: tl.constexpr = $heads
     NOPE: tl.constexpr = $nope
     ROPE: tl.constexpr = $rope
@@ -845,6 +850,7 @@ def ${symbol}_$work(
     $declared,
 ):
     """``${symbol}_${work}_block`` of all tokens."""
+    wait_for_launches()
     count = tl.load(count_ptr)
     if tl.program_id(0) * $tokens >= count:
         return
@@ -857,6 +863,7 @@ def ${symbol}_${work}_some(
     $declared, SEQUENCES: tl.constexpr,
 ):
     """``${symbol}_${work}_block`` where a token has keys to absorb; programs take turns."""
+    wait_for_launches()
     count = tl.load(count_ptr)
     begins, ends, before = spans_of(positions_ptr, starts_ptr, sequences_ptr, SEQUENCES)
     chosen = absorbs(begins, ends, before, $long)

@@ -246,6 +246,7 @@ def $symbol$variant(
     One tile of BLOCK_M rows and BLOCK_N columns per program, or per SPLITS programs, SPAN inputs each; if
     PERSISTENT, one after the other in every program, the next loaded while the last is stored if FLATTEN.
     """
+    wait_for_launches()
     count = tl.load(count_ptr)
     tiles = tl.cdiv(count, BLOCK_M) * tl.cdiv($n, BLOCK_N)
     tile = tl.program_id(0)
@@ -327,6 +328,7 @@ def ${symbol}_round(
     x_ptr, rounded_ptr, scale_ptr, count_ptr, X_PITCH: tl.constexpr, BLOCK: tl.constexpr
 ):
     """x as E4M3 with one scale per row and 128 inputs; one row, BLOCK such groups per program."""
+    wait_for_launches()
     row = tl.program_id(0).to(tl.int64)
     if row >= tl.load(count_ptr):
         return

@@ -73,6 +73,7 @@ def $symbol(
     HEADS_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """$equation; one row, a block of its heads per program."""
+    wait_for_launches()
     HEADS: tl.constexpr = $heads
     WIDTH: tl.constexpr = $width
     row = tl.program_id(0).to(tl.int64)

@@ -76,6 +76,7 @@ def $symbol(
 
     One program: a row, a block of its heads.
     """
+    wait_for_launches()
     HEADS: tl.constexpr = $heads
     DIM: tl.constexpr = $dim
     ROTARY: tl.constexpr = $rotary

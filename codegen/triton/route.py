@@ -155,6 +155,7 @@ def $symbol(
 
     $meaning
     """
+    wait_for_launches()
     TOP_K: tl.constexpr = $top_k
     NONE: tl.constexpr = -0x8000000000000000  # ranks below all experts
     count = tl.load(count_ptr)

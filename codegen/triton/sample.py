@@ -43,6 +43,7 @@ def sample(
     together; uniform[r] in [0, 1) picks one by weight, in order of ids.  Where a cut goes through equals,
     the lowest ids stay.  One row per program.
     """
+    wait_for_launches()
     VOCAB: tl.constexpr = $vocab
     PITCH: tl.constexpr = $pitch
     row = tl.program_id(0).to(tl.int64)

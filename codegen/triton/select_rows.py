@@ -31,6 +31,7 @@ def $symbol(
     X_PITCH: tl.constexpr, OUT_PITCH: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """out[r] = x[index[r]], rows of $width columns; one row, one block of columns per program."""
+    wait_for_launches()
     WIDTH: tl.constexpr = $width
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -29,6 +29,11 @@ class GpuTarget:
         return self.capability >= 90
 
     @property
+    def dependent_launch(self) -> bool:
+        """Whether a launch may take its place on the card before those that it waits for have ended."""
+        return self.capability >= 90
+
+    @property
     def device(self) -> Literal["cuda"]:
         return "cuda"
 

@@ -1,6 +1,7 @@
 """A real card, where there is one; and what is said where there is none."""
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tokenmill.runtime.batch import Batch
 from tokenmill.runtime.cuda import CudaDevice, available
 from tokenmill.runtime.gpu import GpuExecutor
 from tokenmill.runtime.gpu_target import advised_target
+from tokenmill.runtime.schedule import Binary, Launch
 
 IDS = [5, 9, 33, 120, 7, 8, 250, 1, 2, 3, 77]
 
@@ -42,6 +44,36 @@ def test_without_cuda_core_the_extra_is_named(monkeypatch):
     with pytest.raises(errors.MissingExtra, match=r"cuda\.core") as caught:
         CudaDevice()
     assert "tokenmill[cuda]" in caught.value.advice
+
+
+class Config:
+    """cuda.core's, of a version that knows all of these."""
+
+    programmatic_stream_serialization = False
+
+    def __init__(self, **given):
+        self.__dict__ |= given
+
+
+class OldConfig:
+    def __init__(self, grid, block, shmem_size):
+        pass
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_only_kernels_that_wait_begin_early(waits):
+    launch = Launch(Binary("k.0", "k", (True,), 128, 0, (), waits), ("x",), (3, 1, 1))
+    device = CudaDevice.__new__(CudaDevice)
+    device._stream, device._sms, launched = "stream", 132, []
+    device._core = SimpleNamespace(LaunchConfig=Config, launch=lambda *args: launched.append(args))
+    device.launcher("kernel", launch, [16])()
+    ((stream, config, *rest),) = launched
+    assert [stream, *rest] == ["stream", "kernel", 16]
+    assert (config.grid, config.block) == ((3, 1, 1), 128)
+    assert config.programmatic_stream_serialization is waits
+    device._core.LaunchConfig = OldConfig
+    device.launcher("kernel", launch, [16])()
+    assert len(launched) == 2
 
 
 # --- with a card ------------------------------------------------------------------------------------

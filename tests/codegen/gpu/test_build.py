@@ -205,6 +205,27 @@ def test_tensor_cores_are_named(name: str, dtype: str, instruction: str, tmp_pat
     assert mnemonic in tool("nvdisasm", "-c", str(path))
 
 
+def test_the_machine_code_waits_before_it_reads(hopper: GpuBuild, tmp_path: Path) -> None:
+    for name, binary in hopper.binaries.items():
+        assert binary.waits, name
+        path = tmp_path / f"{name}.cubin"
+        path.write_bytes(hopper.files[path.name])
+        code = tool("nvdisasm", "-c", str(path))
+        found = re.findall(r"\b(ACQBULK|PREEXIT|LDG|STG|BRA|EXIT)\b", code)
+        assert found[:3] == ["ACQBULK", "PREEXIT", "LDG"], name
+
+
+def test_a_kernel_that_reads_before_it_waits_does_not_count_as_waiting() -> None:
+    wait = "    tl.extra.cuda.gdc_wait()\n"
+    late = PRODUCT.replace("    tl.store(", f"{wait}    tl.store(")
+    some = PRODUCT.replace(
+        "    out = tl.z", f"    if tl.program_id(0) == 1:\n    {wait}    out = tl.z"
+    )
+    for text in (PRODUCT, late, some):
+        built = build_gpu(by_hand(text, K=64, M=16, N=16, BLOCK=32), parse_target("sm_90"))
+        assert [binary.waits for binary in built.binaries.values()] == [False]
+
+
 def test_a_kernel_that_does_not_fit_is_refused(temporary: Path) -> None:
     files = by_hand(PRODUCT, K=1024, M=128, N=256, BLOCK=128)
     with pytest.raises(KernelTooLarge, match=r"product needs \d+ bytes of shared memory; sm_80"):
@@ -335,6 +356,7 @@ def test_every_kind_of_kernel_compiles(target: str) -> None:
     assert kinds == KINDS.keys() - {"custom", "extern"} | {"sample"}
     for name, binary in built.binaries.items():
         assert binary.local_bytes <= 64, f"{name} spills {binary.local_bytes} bytes"
+        assert binary.waits == parse_target(target).dependent_launch, name
     cores = {core for binary in built.binaries.values() for core in binary.tensor_cores}
     expected = {"sm_90": "wgmma bf16", "sm_100": "tcgen05 f16"}.get(target, "mma bf16")
     assert expected in cores

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Mapping
@@ -76,6 +77,21 @@ def test_the_schedule_names_what_the_text_defines(
         assert f"def {binary['function']}(" in sources[binary["file"]]
     names = {binary["name"] for binary in schedule["binaries"]}
     assert names == {launch["binary"] for group in schedule["groups"] for launch in group}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_begins_by_waiting(target: str) -> None:
+    sources = codegen.emit(gpu_plan(), target)
+    for binary in json.loads(sources["schedule.json"])["binaries"]:
+        (function,) = (
+            node
+            for node in ast.parse(sources[binary["file"]]).body
+            if isinstance(node, ast.FunctionDef) and node.name == binary["function"]
+        )
+        assert ast.get_docstring(function), function.name
+        assert ast.unparse(function.body[1]) == "wait_for_launches()", function.name
+    waits = "gdc_wait()" in sources["launches.py"]
+    assert waits == TARGETS[target].dependent_launch
 
 
 def test_steps_of_the_same_kind_share(schedule: dict[str, Any]) -> None:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenmill.codegen.triton.emit import sampling_file
+from tokenmill.codegen.triton.emit import launches_file, sampling_file
+from tokenmill.codegen.triton.target import TARGETS
 from tokenmill.runtime.sampling import Sampling, candidates
 
 from .interpreter import load_sources, mend
@@ -18,7 +19,8 @@ VOCAB, PITCH, BLOCK = 150, 152, 64
 @pytest.fixture(scope="module")
 def kernel():
     mend()
-    return load_sources(sampling_file(VOCAB, PITCH))["sample_kernels.py"].sample
+    files = sampling_file(VOCAB, PITCH) | launches_file(TARGETS["sm_90"])
+    return load_sources(files)["sample_kernels.py"].sample
 
 
 def chosen(kernel, logits: torch.Tensor, how: list[Sampling], uniform: list[float]) -> list[int]:
