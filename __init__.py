@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import errors as errors
-    from .api import load as load
     from .api import optimize as optimize
     from .recipe import Recipe as Recipe
     from .runtime import Artifact as Artifact
     from .runtime import Session as Session
+    from .runtime import load as load
 
 __version__ = "0.1.0"
 __all__ = ["Artifact", "Recipe", "Session", "errors", "load", "optimize"]
 
-# Resolved on first use, so that `import tokenmill.runtime` stays free of torch and the compiler.
+# Resolved on first use, so that what runs an artifact stays free of torch and the compiler.
 _HOME = {
     "optimize": ".api",
-    "load": ".api",
+    "load": ".runtime",
     "Recipe": ".recipe",
     "Artifact": ".runtime",
     "Session": ".runtime",

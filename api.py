@@ -54,7 +54,7 @@ from .passes.quantize import Quantize, check_stored
 from .passes.workspace import Workspace
 from .recipe import Recipe, load_module
 from .report import render
-from .runtime import Artifact, Session
+from .runtime import Artifact
 from .runtime.artifact import PLANS, PROGRAM, ArtifactWriter, Target, TensorSpec, check_output
 from .runtime.tensors import Tensor as MappedTensor
 from .search import Found, search
@@ -236,11 +236,6 @@ def optimize(
     if fit.workspace is not None:
         fit.workspace.remove()
     return Compiled(plans, facts, flat, recorder.graphs, recipe, Path(output))
-
-
-def load(path: str | os.PathLike[str], **options: Any) -> Session:
-    """Open an artifact for generation; options are those of :class:`Session`."""
-    return Session(path, **options)
 
 
 def open_program(path: str | os.PathLike[str], verify: bool = True) -> Program:

@@ -155,6 +155,7 @@ def check(op: Any, *arguments: Any, target: str = "cpu") -> float:
     import tempfile
 
     from . import api
+    from .runtime import Session
 
     probe = _Probe(op, arguments)
     rows = len(next(x for x in probe.activations if x is not None))
@@ -163,7 +164,7 @@ def check(op: Any, *arguments: Any, target: str = "cpu") -> float:
     )
     with tempfile.TemporaryDirectory() as directory:
         api.optimize(probe, f"{directory}/probe", recipe=own, max_positions=max(rows, 8))
-        with api.load(f"{directory}/probe", device="cpu") as session:
+        with Session(f"{directory}/probe", device="cpu") as session:
             got = torch.from_numpy(session.logits(list(range(rows))))
     with torch.no_grad():
         wanted = op(*arguments).reshape(rows, -1)

@@ -3,4 +3,6 @@
 from .artifact import Artifact
 from .session import Generation, Piece, Session
 
-__all__ = ["Artifact", "Generation", "Piece", "Session"]
+load = Session  # as one says it outside: tokenmill.load("model.tm")
+
+__all__ = ["Artifact", "Generation", "Piece", "Session", "load"]
