@@ -69,7 +69,7 @@ struct Bf16Math {
 };
 
 // Where bf16 is not multiplied in one instruction, fp32 is faster than to imitate it.
-#if defined(__AVX512BF16__) && TM_VECTOR_BYTES == 64
+#if defined(TM_BF16_DOT)
 using ShortMath = Bf16Math;
 #else
 using ShortMath = Fp32Math;

@@ -9,6 +9,11 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+#endif
+#if defined(__AVX512BF16__) && TM_VECTOR_BYTES == 64 || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define TM_BF16_DOT  // pairs of bf16 are multiplied and summed in one instruction
 #endif
 
 #define TM_INLINE inline __attribute__((always_inline))
@@ -336,6 +341,8 @@ TM_INLINE vf load_bf16(const uint16_t *p) {
 TM_INLINE void store_bf16(uint16_t *p, vf x) {
 #if defined(__AVX512BF16__) && TM_VECTOR_BYTES == 64
   *(lane_halves *)p = (lane_halves)_mm512_cvtneps_pbh((__m512)x);
+#elif defined(TM_BF16_DOT)
+  *(lane_halves *)p = (lane_halves)vcvt_bf16_f32((float32x4_t)x);
 #else
   const vi bits = (vi)x, odd = (bits >> 16) & 1;
   const vi rounded = ((bits + 0x7fff + odd) >> 16) & 0xffff;
@@ -366,6 +373,10 @@ TM_INLINE vi pair_bf16(vf a, vf b) {
 #if defined(__AVX512BF16__) && TM_VECTOR_BYTES == 64
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
   return zip_halves<0>((vi)both, (vi)_mm512_shuffle_i64x2(both, both, 0xee));
+#elif defined(TM_BF16_DOT)
+  const int16x4_t low = vreinterpret_s16_bf16(vcvt_bf16_f32((float32x4_t)a));
+  const int16x4_t high = vreinterpret_s16_bf16(vcvt_bf16_f32((float32x4_t)b));
+  return (vi)__builtin_shufflevector(low, high, 0, 4, 1, 5, 2, 6, 3, 7);
 #else
   uint16_t low[LANES], high[LANES];
   store_bf16(low, a);

@@ -47,7 +47,7 @@ _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 _V4_VNNI = (*_V4, "avx512_vnni")
 
 # Best first within one machine; the last of each machine runs anywhere on it.  What comes on top of a level
-# multiplies INT8 (vnni) and also BF16 (bf16) in one instruction.
+# multiplies INT8 (vnni, dot) and also BF16 (bf16) in one instruction.
 TARGETS: dict[str, CpuTarget] = {
     t.name: t
     for t in (
@@ -78,6 +78,22 @@ TARGETS: dict[str, CpuTarget] = {
         ),
         CpuTarget("cpu-x86-64-v3", "x86_64", 32, ("-march=x86-64-v3",), "x86_64_v3", _V3),
         CpuTarget("cpu-x86-64", "x86_64", 16, ("-march=x86-64",), "x86_64"),
+        CpuTarget(
+            "cpu-aarch64-bf16",
+            "aarch64",
+            16,
+            ("-march=armv8.2-a+dotprod+i8mm+bf16",),
+            "generic+v8_2a+dotprod+i8mm+bf16",
+            ("asimddp", "i8mm", "bf16"),
+        ),
+        CpuTarget(
+            "cpu-aarch64-dot",
+            "aarch64",
+            16,
+            ("-march=armv8.2-a+dotprod",),
+            "generic+v8_2a+dotprod",
+            ("asimddp",),
+        ),
         CpuTarget("cpu-aarch64", "aarch64", 16, ("-march=armv8-a",), "generic"),
     )
 }

@@ -32,6 +32,8 @@ TILES = {
     "cpu-x86-64-v3-vnni": Tiles((1, 2, 3), block_kib=256),
     "cpu-x86-64-v3": Tiles((1, 2), block_kib=256),
     "cpu-x86-64": Tiles((1,), block_kib=256),
+    "cpu-aarch64-bf16": Tiles((1, 2), block_kib=256),
+    "cpu-aarch64-dot": Tiles((1, 2), block_kib=256),
     "cpu-aarch64": Tiles((1, 2), block_kib=256),
 }
 

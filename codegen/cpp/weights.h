@@ -111,6 +111,15 @@ TM_INLINE vi dot4(vi acc, vi w, int32_t x) {
   const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(xs, 8), 8), odd = _mm256_srai_epi16(xs, 8);
   return acc + (vi)_mm256_madd_epi16(_mm256_and_si256((__m256i)w, _mm256_set1_epi16(255)), even) +
          (vi)_mm256_madd_epi16(_mm256_srli_epi16((__m256i)w, 8), odd);
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+  return (vi)vusdotq_s32((int32x4_t)acc, (uint8x16_t)w, (int8x16_t)splat(x));
+#elif defined(__ARM_FEATURE_DOTPROD)
+  const int8x16_t xs = (int8x16_t)splat(x);
+  if (SMALL) return (vi)vdotq_s32((int32x4_t)acc, (int8x16_t)w, xs);
+  // Both are signed here: w - 128, and twice 64 times the sum of x, which is the same for all w.
+  const int8x16_t half = vdupq_n_s8(64);
+  const int32x4_t sum = vdotq_s32(vdotq_s32(vdupq_n_s32(0), half, xs), half, xs);
+  return (vi)vdotq_s32((int32x4_t)acc, (int8x16_t)(w ^ (int32_t)0x80808080), xs) + (vi)sum;
 #else
   for (int i = 0; i < 32; i += 8) acc += ((w >> i) & 255) * (int32_t)(int8_t)(x >> i);
   return acc;
@@ -121,6 +130,8 @@ TM_INLINE vi dot4(vi acc, vi w, int32_t x) {
 TM_INLINE vf dot2(vf acc, vi w, int32_t x) {
 #if defined(__AVX512BF16__) && TM_VECTOR_BYTES == 64
   return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)_mm512_set1_epi32(x));
+#elif defined(TM_BF16_DOT)
+  return (vf)vbfdotq_f32((float32x4_t)acc, (bfloat16x8_t)w, (bfloat16x8_t)splat(x));
 #else
   const vi xs = splat(x), high = splat((int32_t)0xffff0000);
   acc += (vf)(w << 16) * (vf)(xs << 16);

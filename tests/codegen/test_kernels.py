@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenmill.codegen.cpp.target import cpu_features, parse_target
+from tokenmill.codegen.cpp.target import TARGETS, CpuTarget, cpu_features, parse_target
 from tokenmill.ir import cache, quant
 from tokenmill.ir.cache import FORMATS, LARGEST, Batch, Part
 from tokenmill.ir.expr import FUNCTIONS
@@ -29,7 +29,8 @@ from tokenmill.ir.plan import (
 )
 from tokenmill.ir.router import RouterSpec
 
-from .harness import CpuKernels, batch_of, e4m3_ladder, inputs_of, used_bytes
+from .emulated import EmulatedKernels, emulator
+from .harness import CpuKernels, Kernels, batch_of, e4m3_ladder, inputs_of, used_bytes
 
 SWIGLU = "silu(acc0) * acc1"
 LINEARS = (
@@ -186,7 +187,7 @@ def kernels() -> Iterator[CpuKernels]:
 
 
 def check(
-    kernels: CpuKernels,
+    kernels: Kernels,
     spec: KernelSpec,
     sequences: tuple[tuple[int, int], ...],
     threads: int = 1,
@@ -263,6 +264,23 @@ def test_narrower_targets_match_too(target: str) -> None:
     check_rounding(built)
 
 
+FOREIGN = [t for t in TARGETS.values() if t.machine != platform.machine()]
+
+
+@pytest.mark.parametrize("target", FOREIGN, ids=lambda target: target.name)
+def test_other_machines_match_too(target: CpuTarget) -> None:
+    if not emulator(target):
+        pytest.skip(f"it takes qemu-{target.machine} and ziglang")
+    built = EmulatedKernels(SPECS, target.name, IN_PLACE)
+    for spec in PER_BATCH:
+        for name in ("none", "decode", "ragged"):
+            check(built, spec, BATCHES[name], threads=2)
+    for spec in SCALED_WRITES:
+        check_written(built, spec, BATCHES["ragged"])
+    check_rounding(built)
+    built.close()
+
+
 SEQUENCES = st.lists(
     st.tuples(st.sampled_from((0, 1, 63, 64, 65, 130)), st.integers(0, 40)), max_size=5
 )
@@ -314,7 +332,7 @@ def test_function_is_the_tables(kernels: CpuKernels, name: str) -> None:
 
 
 def check_written(
-    kernels: CpuKernels, spec: CacheWrite, sequences: tuple[tuple[int, int], ...]
+    kernels: Kernels, spec: CacheWrite, sequences: tuple[tuple[int, int], ...]
 ) -> None:
     """Every bit is the reference's, but for the gaps that align what follows."""
     batch = batch_of(*sequences)
@@ -337,7 +355,7 @@ def test_cache_rows_are_the_references(
     check_written(kernels, spec, sequences)
 
 
-def check_rounding(kernels: CpuKernels) -> None:
+def check_rounding(kernels: Kernels) -> None:
     """Numbers of E4M3, those halfway between two, and their neighbours, in a tile with scale 1."""
     spec = SCALED_WRITES[-1]
     values = e4m3_ladder()
