@@ -37,6 +37,7 @@ from .ir.plan import Capacity, Device, Plan, dump
 from .ir.plan import load as load_plan
 from .ir.program import Program
 from .passes.calibrate import Calibrate
+from .passes.chain import chain
 from .passes.heal_scales import HealScales
 from .passes.latent_kv import LatentKV
 from .passes.lower import lower
@@ -484,7 +485,7 @@ def _timeless(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plan(program: Program, capacity: Capacity, device: Device) -> Plan:
-    plan = lower(program, capacity, device)
+    plan = chain(lower(program, capacity, device))
     return memory(plan if device == "cpu" else narrow(plan))
 
 

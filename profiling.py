@@ -93,6 +93,8 @@ def _label(spec: Mapping[str, Any]) -> str:
             return f"experts {size} {spec['gate_up_format']}"
         case "attend" | "latent_attend" as kind:
             return f"{kind} {spec['heads']} heads {spec['cache_format']}"
+        case "chain":
+            return " | ".join(" ".join(link["kind"] for link in b) for b in spec["branches"])
         case "extern":
             return str(spec["op"])
         case kind:

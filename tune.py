@@ -23,7 +23,7 @@ import numpy as np
 
 from . import api
 from .codegen import check_table, emit, parse_target
-from .codegen.reference import operand_width, row_error
+from .codegen.reference import row_error
 from .codegen.text import symbols
 from .codegen.triton import launch
 from .codegen.triton.build import Entry, Outcome, compiler, toolchain
@@ -31,7 +31,7 @@ from .codegen.triton.emit import EMITTERS, Schedule
 from .codegen.triton.target import GpuTarget
 from .codegen.triton.tiles import OPTIONS_MOST, Gemm, T, Table, Tiles, Walk
 from .errors import ArtifactDamaged, BadRecipe, OtherKernels, OutputFailed, TokenmillError
-from .ir.plan import Extern, KernelSpec, Plan
+from .ir.plan import Extern, KernelSpec, Plan, operand_width
 from .recipe import TileTable
 from .runtime import Artifact
 from .runtime.batch import Batch

@@ -45,6 +45,7 @@ from tokenmill.codegen.triton.target import GpuTarget
 from tokenmill.ir import cache
 from tokenmill.ir import plan as plans
 from tokenmill.ir.plan import Capacity, KernelSpec, Plan
+from tokenmill.passes.chain import chain
 from tokenmill.passes.lower import lower
 from tokenmill.passes.memory import memory
 from tokenmill.passes.narrow import narrow
@@ -251,4 +252,4 @@ def lite_plan(fmt: str, layers: int) -> Plan:
     model.model.rotary_emb = type(rotary)(config)
     program = capture_pretrained(model, "deepseek-v2-lite")
     run_passes(program, pipeline(Recipe(weights=fmt)))
-    return memory(narrow(lower(program, Capacity(PROMPT, TOGETHER), "cuda")))
+    return memory(narrow(chain(lower(program, Capacity(PROMPT, TOGETHER), "cuda"))))

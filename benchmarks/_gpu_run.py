@@ -347,7 +347,7 @@ class Bench:
     def _randomize(self, executor: GpuExecutor, plan: Any) -> None:
         """Each weight by the kernel that reads it; norms stand at 1."""
         region, seen = executor._memory["weights"], set()
-        for step in plan.steps:
+        for step in (link for each in plan.steps for link in each.links):
             shapes = weight_parts(step.spec)
             fresh = {p: step.bind[p].buffer for p in shapes if step.bind[p].buffer not in seen}
             seen |= set(fresh.values())

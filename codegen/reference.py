@@ -23,6 +23,7 @@ from ..ir.ops import OPS
 from ..ir.plan import (
     Attend,
     CacheWrite,
+    Chain,
     Custom,
     Device,
     Embed,
@@ -38,6 +39,7 @@ from ..ir.plan import (
     Route,
     SelectRows,
     Step,
+    operand_width,
 )
 
 Operands = Mapping[str, Tensor]
@@ -56,8 +58,11 @@ def run(
 
     Activations are ``[rows, width]``; weights come in the parts that ``spec.params`` names, in the order
     of ``device``, which also decides how products round their inputs.  With ``e4m3``, those that meet FP8
-    weights are rounded to E4M3, as a GPU does where linear and experts have many rows.
+    weights are rounded to E4M3, as a GPU does where linear and experts have many rows.  A chain writes its
+    outputs to the operands too: what is one buffer must be one tensor.
     """
+    if isinstance(spec, Chain):
+        return _chain(spec, operands, batch, device)
     wide = {
         n: x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         for n, x in operands.items()
@@ -134,49 +139,6 @@ def _view(
         values[buffer.name] = torch.zeros(count, buffer.width, dtype=_DTYPES[buffer.dtype])
     width = operand_width(step.spec, param) or buffer.width
     return values[buffer.name][:, operand.column : operand.column + width]
-
-
-def operand_width(spec: KernelSpec, param: str) -> int:
-    """Columns that a kernel reads or writes of an activation; 0 where it takes what is there."""
-    match spec, param:
-        case Linear(), "x":
-            return spec.k
-        case Linear(), _:
-            return spec.n
-        case Norm(), _:
-            return spec.heads * spec.width
-        case Rope(), "cos" | "sin":
-            return spec.rotary // 2
-        case Rope(), _:
-            return spec.heads * spec.head_dim
-        case Pointwise(), str(p) if p != "out" and spec.inputs[int(p[1:])] == "scalar":
-            return 1
-        case ((Embed() | SelectRows() | Pointwise()), _):
-            return spec.width
-        case CacheWrite(), str(p) if p != "cache":
-            return spec.parts[int(param[1:])].width
-        case Attend(), "q":
-            return spec.heads * spec.head_dim
-        case Attend(), _:
-            return spec.heads * spec.value_dim
-        case LatentAttend(), "q":
-            return spec.heads * (spec.nope + spec.rope)
-        case LatentAttend(), _:
-            return spec.heads * spec.value
-        case Route(), "logits":
-            return spec.experts
-        case Route(), _:
-            return spec.router.top_k
-        case Experts(), "ids" | "weights":
-            return spec.top_k
-        case Experts(), _:
-            return spec.hidden
-        case Custom(), _:
-            shaped = next(o for o in (*spec.operands, spec.out) if o.name == param)
-            return 0 if shaped.weight else shaped.width
-        case Extern(), "out":
-            return math.prod(size for size in spec.out_shape if size >= 0)
-    return 0
 
 
 # --- one meaning per kernel -------------------------------------------------------------------------
@@ -371,6 +333,16 @@ def custom(spec: Custom, o: Operands, batch: Batch, device: Device) -> Outputs:
     }
     result = OPS[spec.op].overload(**given)
     return {"out": result.reshape(len(result), spec.out.width)}
+
+
+def _chain(spec: Chain, o: Operands, batch: Batch, device: Device) -> Outputs:
+    found: Outputs = {}
+    for i, link in enumerate(spec.links):
+        out = run(link, {p: o[f"{p}_{i}"] for p in link.params}, batch, device)
+        for param, value in out.items():
+            o[f"{param}_{i}"].copy_(value)
+            found[f"{param}_{i}"] = value
+    return found
 
 
 def extern(spec: Extern, o: Operands, batch: Batch, device: Device) -> Outputs:

@@ -7,7 +7,7 @@ from string import Template
 from textwrap import dedent
 from types import ModuleType
 
-from ..ir.plan import Extern, KernelSpec, Plan
+from ..ir.plan import Chain, Extern, KernelSpec, Plan
 
 WIDTH = 100  # columns of emitted text
 
@@ -50,6 +50,11 @@ def call(head: str, args: Sequence[str], tail: str, indent: int = 0) -> str:
 def format_name(fmt: str) -> str:
     """A format in a symbol: ``int4-g32`` -> ``int4_g32``."""
     return fmt.replace("-", "_")
+
+
+def chain_symbol(spec: Chain) -> str:
+    """Kinds of links, branch by branch: ``rope_and_norm_rope_cache_write``."""
+    return "_and_".join("_".join(link.kind for link in branch) for branch in spec.branches)
 
 
 def symbols(plan: Plan, emitters: Mapping[str, ModuleType]) -> dict[KernelSpec, str]:

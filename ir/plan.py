@@ -407,6 +407,29 @@ class Custom:
         return Shaped("out", self.shape, "f32")
 
 
+Link: TypeAlias = Norm | Pointwise | Rope | CacheWrite
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Kernels that work on every token by itself, in one launch.
+
+    Links of a branch run one after the other, and branches in any order: they share nothing that one of them
+    writes.  Parameters are those of all links, numbered: ``x_0`` of the first, ``x_1`` of the next.
+    """
+
+    kind: ClassVar[str] = "chain"
+    branches: tuple[tuple[Link, ...], ...]
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        return tuple(link for branch in self.branches for link in branch)
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        return tuple(f"{p}_{i}" for i, link in enumerate(self.links) for p in link.params)
+
+
 KernelSpec: TypeAlias = (
     Embed
     | SelectRows
@@ -420,6 +443,7 @@ KernelSpec: TypeAlias = (
     | Route
     | Experts
     | Custom
+    | Chain
     | Extern
 )
 KINDS: dict[str, type[KernelSpec]] = {cls.kind: cls for cls in get_args(KernelSpec)}
@@ -436,6 +460,52 @@ def latent_cache(name: str, fmt: str, latent: int, rope: int) -> CacheSpec:
     return CacheSpec(name, fmt, (Part("latent", latent, 128), rotary))
 
 
+def operand_width(spec: KernelSpec, param: str) -> int:
+    """Columns that a kernel reads or writes of an activation; 0 where it takes what is there."""
+    match spec, param:
+        case Linear(), "x":
+            return spec.k
+        case Linear(), _:
+            return spec.n
+        case Norm(), _:
+            return spec.heads * spec.width
+        case Rope(), "cos" | "sin":
+            return spec.rotary // 2
+        case Rope(), _:
+            return spec.heads * spec.head_dim
+        case Pointwise(), str(p) if p != "out" and spec.inputs[int(p[1:])] == "scalar":
+            return 1
+        case ((Embed() | SelectRows() | Pointwise()), _):
+            return spec.width
+        case CacheWrite(), str(p) if p != "cache":
+            return spec.parts[int(param[1:])].width
+        case Attend(), "q":
+            return spec.heads * spec.head_dim
+        case Attend(), _:
+            return spec.heads * spec.value_dim
+        case LatentAttend(), "q":
+            return spec.heads * (spec.nope + spec.rope)
+        case LatentAttend(), _:
+            return spec.heads * spec.value
+        case Route(), "logits":
+            return spec.experts
+        case Route(), _:
+            return spec.router.top_k
+        case Experts(), "ids" | "weights":
+            return spec.top_k
+        case Experts(), _:
+            return spec.hidden
+        case Custom(), _:
+            shaped = next(o for o in (*spec.operands, spec.out) if o.name == param)
+            return 0 if shaped.weight else shaped.width
+        case Chain(), _:
+            name, _, link = param.rpartition("_")
+            return operand_width(spec.links[int(link)], name)
+        case Extern(), "out":
+            return prod(size for size in spec.out_shape if size >= 0)
+    return 0
+
+
 # --- the plan ---------------------------------------------------------------------------------------
 
 
@@ -447,6 +517,16 @@ class Step:
     bind: Mapping[str, Operand]
     rows: Rows
     where: str = ""
+
+    @property
+    def links(self) -> tuple[Step, ...]:
+        """The steps that a chain stands for; any other step itself."""
+        if not isinstance(self.spec, Chain):
+            return (self,)
+        return tuple(
+            Step(link, {p: self.bind[f"{p}_{i}"] for p in link.params}, self.rows, self.where)
+            for i, link in enumerate(self.spec.links)
+        )
 
 
 @dataclass(frozen=True)
@@ -475,12 +555,17 @@ class Plan:
 
 
 def dump_spec(spec: KernelSpec) -> dict[str, Any]:
+    if isinstance(spec, Chain):
+        branches = [[dump_spec(link) for link in branch] for branch in spec.branches]
+        return {"kind": spec.kind, "branches": branches}
     return {"kind": spec.kind, **dataclasses.asdict(spec)}
 
 
 def load_spec(data: Mapping[str, Any]) -> KernelSpec:
     fields: dict[str, Any] = {k: v for k, v in data.items() if k != "kind"}
     cls = KINDS[data["kind"]]
+    if cls is Chain:
+        return Chain(tuple(tuple(map(_load_link, branch)) for branch in fields["branches"]))
     if cls is Route:
         fields["router"] = RouterSpec(**fields["router"])
     if cls is CacheWrite:
@@ -491,6 +576,12 @@ def load_spec(data: Mapping[str, Any]) -> KernelSpec:
         fields["attributes"] = [(name, value) for name, value in fields["attributes"]]
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     return cls(**values)
+
+
+def _load_link(data: Mapping[str, Any]) -> Link:
+    link = load_spec(data)
+    assert isinstance(link, Link)
+    return link
 
 
 def dump(plan: Plan) -> dict[str, Any]:

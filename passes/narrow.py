@@ -14,7 +14,8 @@ from ..ir.plan import Experts, Extern, Linear, Norm, Plan, Rope, Route, Step
 
 def narrow(plan: Plan, dtype: Literal["bf16", "f16"] = "bf16") -> Plan:
     """``plan`` with its other fp32 activations in ``dtype``."""
-    wide = {plan.output, *(step.bind[p].buffer for step in plan.steps for p in _wide(step))}
+    steps = [link for step in plan.steps for link in step.links]
+    wide = {plan.output, *(step.bind[p].buffer for step in steps for p in _wide(step))}
     buffers = {
         name: replace(b, dtype=dtype)
         if b.kind == "arena" and b.dtype == "f32" and name not in wide

@@ -14,6 +14,7 @@ from ..text import call, fill, symbols
 from . import (
     attend,
     cache_write,
+    chain,
     codebook,
     custom,
     embed,
@@ -42,6 +43,7 @@ EMITTERS: dict[str, ModuleType] = {
     "route": route,
     "experts": experts,
     "custom": custom,
+    "chain": chain,
 }
 SUPPORT = ("simd.h", "weights.h", "matmul.h", "pool.h", "cache.h", "attention.h", "route.h")
 INPUTS = {

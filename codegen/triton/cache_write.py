@@ -5,6 +5,7 @@ from __future__ import annotations
 from ...ir.cache import FORMATS, LARGEST, PAGE, CacheSpec, Place
 from ...ir.plan import CacheWrite
 from ..text import fill
+from . import rows
 from .launch import Group, Site, Source, power_of_2
 from .target import GpuTarget
 
@@ -47,19 +48,27 @@ def symbol(spec: CacheWrite) -> str:
 
 
 def emit(spec: CacheWrite, name: str) -> str:
+    return rows.emit(name, row_kernel(spec))
+
+
+def row_kernel(spec: CacheWrite) -> rows.RowKernel:
     inputs = [f"p{i}" for i in range(len(spec.parts))]
     pointers = cache_pointers(spec.cache)
-    return fill(
-        TEMPLATE,
-        symbol=name,
-        parts=", ".join(f"{p.name} [{p.width}]" for p in spec.parts),
-        pointers=", ".join([*(f"{p}_ptr" for p in inputs), *pointers]),
-        pitches=", ".join(f"{p.upper()}_PITCH: tl.constexpr" for p in inputs),
+    body = fill(
+        BODY,
         page=PAGE,
         moves="\n".join(
-            f"{name} += row * {pitch(spec.cache, fmt)}" for name, fmt in pointers.items()
+            f"{name} += place * {pitch(spec.cache, fmt)}" for name, fmt in pointers.items()
         ),
         writes="\n".join(_write(spec.cache, i, place) for i, place in enumerate(spec.cache.places)),
+    )
+    parts = ", ".join(f"{p.name} [{p.width}]" for p in spec.parts)
+    batch = ("positions_ptr", "starts_ptr", "table_ptr", "sequences_ptr")
+    return rows.RowKernel(
+        about=f"{PLACE} = {parts} of a token at position p of sequence b.",
+        pointers=(*(f"{p}_ptr" for p in inputs), *pointers, *batch),
+        constants=(*(f"{p.upper()}_PITCH" for p in inputs), "TABLE_PITCH", "SEQUENCES"),
+        body=body,
     )
 
 
@@ -97,43 +106,32 @@ def launches(site: Site) -> Group:
     }
     args: list[Source] = [
         *inputs, *cache_args(spec.cache, site.target),
-        "positions", "starts", "block_table", "count.sequences", "count.tokens",
+        "positions", "starts", "block_table", "count.sequences", site.count,
     ]  # fmt: skip
     return Group((site.launch(site.symbol, (site.rows,), args, constants),))
 
 
 PLAIN = """
 i = tl.arange(0, $block)  # $name
-x = tl.load(p${i}_ptr + token * P${i}_PITCH + i, i < $width).to(tl.float32)
+x = tl.load(p${i}_ptr + row * P${i}_PITCH + i, i < $width).to(tl.float32)
 tl.store($pointer + $column + i, to(x, $pointer), i < $width)
 """
 SCALED = """
 tile = tl.arange(0, $tiles_block)[:, None]  # $name: one scale for $tile values
 i = tl.arange(0, $tile_block)[None, :]
 inside = $inside
-x = tl.load(p${i}_ptr + token * P${i}_PITCH + tile * $tile + i, inside, 0.0).to(tl.float32)
+x = tl.load(p${i}_ptr + row * P${i}_PITCH + tile * $tile + i, inside, 0.0).to(tl.float32)
 x, scale = scaled(x, $largest)
 tl.store($pointer + $column + tile * $tile + i, rounded(x, $pointer), inside)
 tl.store(scales_ptr + $scale + tile, scale, tile < $tiles)
 """
-TEMPLATE = '''
-@triton.jit
-def $symbol(
-    $pointers,
-    positions_ptr, starts_ptr, table_ptr, sequences_ptr, tokens_ptr,
-    $pitches,
-    TABLE_PITCH: tl.constexpr, SEQUENCES: tl.constexpr,
-):
-    """cache[block_table[b, p // $page], p % $page] = $parts of a token at position p of sequence b."""
-    wait_for_launches()
-    PAGE: tl.constexpr = $page
-    token = tl.program_id(0).to(tl.int64)
-    if token >= tl.load(tokens_ptr):
-        return
-    sequence = sequence_of(token, starts_ptr, tl.load(sequences_ptr), SEQUENCES)
-    position = tl.load(positions_ptr + token)
-    page = tl.load(table_ptr + sequence * TABLE_PITCH + position // PAGE).to(tl.int64)
-    row = page * PAGE + position % PAGE
-    $moves
-    $writes
-'''
+PLACE = f"cache[block_table[b, p // {PAGE}], p % {PAGE}]"
+BODY = """
+PAGE: tl.constexpr = $page
+sequence = sequence_of(row, starts_ptr, tl.load(sequences_ptr), SEQUENCES)
+position = tl.load(positions_ptr + row)
+page = tl.load(table_ptr + sequence * TABLE_PITCH + position // PAGE).to(tl.int64)
+place = page * PAGE + position % PAGE
+$moves
+$writes
+"""

@@ -20,6 +20,7 @@ from ..text import fill, symbols
 from . import (
     attend,
     cache_write,
+    chain,
     custom,
     embed,
     experts,
@@ -49,12 +50,13 @@ EMITTERS: dict[str, ModuleType] = {
     "route": route,
     "experts": experts,
     "custom": custom,
+    "chain": chain,
 }
 # Files of device functions that are copied as they are, and which kinds of kernels call them.
 SUPPORT = {
     "support": frozenset(KINDS),
     "matmul": frozenset(("linear", "experts", "latent_attend")),
-    "attention": frozenset(("attend", "cache_write", "latent_attend")),
+    "attention": frozenset(("attend", "cache_write", "chain", "latent_attend")),
 }
 SCHEDULE = "schedule.json"
 SCHEDULE_VERSION = 1

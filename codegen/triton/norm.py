@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...ir.plan import Norm
 from ..text import fill
+from . import rows
 from .launch import Group, Site, ceil_div, power_of_2
 
 TILE = 8192  # numbers that one program holds
@@ -16,24 +17,30 @@ def symbol(spec: Norm) -> str:
 
 
 def emit(spec: Norm, name: str) -> str:
+    return rows.emit(name, row_kernel(spec))
+
+
+def row_kernel(spec: Norm) -> rows.RowKernel:
     channels = [p for p, there in (("weight", spec.weight), ("bias", spec.bias)) if there]
     kept = ["x", *(["residual"] if spec.residual else [])]
     pitches = [*kept, *(["sum"] if spec.residual else []), "out"]
-    return fill(
-        TEMPLATE,
-        symbol=name,
-        equation=_equation(spec),
-        pointers=", ".join(f"{p}_ptr" for p in spec.params),
-        pitches=", ".join(f"{p.upper()}_PITCH: tl.constexpr" for p in pitches),
+    body = fill(
+        BODY,
         heads=spec.heads,
         width=spec.width,
         eps=repr(spec.eps),
-        add=ADD_RESIDUAL if spec.residual else "",
-        center=CENTER if spec.center else "",
+        add=ADD_RESIDUAL.strip() if spec.residual else "",
+        center=CENTER.strip() if spec.center else "",
         channels="\n".join(
             f"{p} = tl.load({p}_ptr + cols, cols < WIDTH).to(tl.float32)" for p in channels
         ),
         value="x * scale" + " * weight" * spec.weight + " + bias" * spec.bias,
+    )
+    return rows.RowKernel(
+        about=f"{_equation(spec)}; a block of heads.",
+        pointers=tuple(f"{p}_ptr" for p in spec.params),
+        constants=(*(f"{p.upper()}_PITCH" for p in pitches), "HEADS_BLOCK", "BLOCK"),
+        body=body,
     )
 
 
@@ -48,8 +55,8 @@ def launches(site: Site) -> Group:
     assert isinstance(spec, Norm)
     block = power_of_2(spec.width)
     heads = min(power_of_2(spec.heads), max(1, TILE // 4 // block))
-    rows = [p for p in spec.params if p not in ("weight", "bias")]
-    constants = site.pitches(*rows) | {"HEADS_BLOCK": heads, "BLOCK": block}
+    pitches = [p for p in spec.params if p not in ("weight", "bias")]
+    constants = site.pitches(*pitches) | {"HEADS_BLOCK": heads, "BLOCK": block}
     warps = max(1, min(16, heads * block // 512))
     grid = (site.rows, ceil_div(spec.heads, heads))
     return Group((
@@ -65,29 +72,18 @@ CENTER = """
 mean = tl.sum(x, 1, keep_dims=True) / WIDTH
 x = tl.where(inside, x - mean, 0.0)
 """
-TEMPLATE = '''
-@triton.jit
-def $symbol(
-    $pointers, count_ptr,
-    $pitches,
-    HEADS_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
-):
-    """$equation; one row, a block of its heads per program."""
-    wait_for_launches()
-    HEADS: tl.constexpr = $heads
-    WIDTH: tl.constexpr = $width
-    row = tl.program_id(0).to(tl.int64)
-    if row >= tl.load(count_ptr):
-        return
-    heads = (tl.program_id(1) * HEADS_BLOCK + tl.arange(0, HEADS_BLOCK))[:, None]
-    cols = tl.arange(0, BLOCK)[None, :]
-    at = heads * WIDTH + cols
-    inside = (heads < HEADS) & (cols < WIDTH)
-    x = tl.load(x_ptr + row * X_PITCH + at, inside, 0.0).to(tl.float32)
-    $add
-    $center
-    scale = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / WIDTH + $eps)
-    $channels
-    value = $value
-    tl.store(out_ptr + row * OUT_PITCH + at, to(value, out_ptr), inside)
-'''
+BODY = """
+HEADS: tl.constexpr = $heads
+WIDTH: tl.constexpr = $width
+heads = (block * HEADS_BLOCK + tl.arange(0, HEADS_BLOCK))[:, None]
+cols = tl.arange(0, BLOCK)[None, :]
+at = heads * WIDTH + cols
+inside = (heads < HEADS) & (cols < WIDTH)
+x = tl.load(x_ptr + row * X_PITCH + at, inside, 0.0).to(tl.float32)
+$add
+$center
+scale = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / WIDTH + $eps)
+$channels
+value = $value
+tl.store(out_ptr + row * OUT_PITCH + at, to(value, out_ptr), inside)
+"""

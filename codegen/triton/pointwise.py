@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...ir.plan import Pointwise
 from ..text import fill
+from . import rows
 from .expr import triton_code
 from .launch import Group, Site, ceil_div, power_of_2
 
@@ -13,16 +14,23 @@ def symbol(spec: Pointwise) -> str:
 
 
 def emit(spec: Pointwise, name: str) -> str:
+    return rows.emit(name, row_kernel(spec))
+
+
+def row_kernel(spec: Pointwise) -> rows.RowKernel:
     kinds = list(enumerate(spec.inputs))
-    return fill(
-        TEMPLATE,
-        symbol=name,
+    body = fill(
+        BODY,
         width=spec.width,
-        equation=spec.expr,
-        params="".join(f"x{i}_ptr, " for i, _ in kinds),
-        pitches=" ".join(f"X{i}_PITCH: tl.constexpr," for i, kind in kinds if kind != "channel"),
         loads="\n".join(f"x{i} = {_LOADS[kind].format(i=i)}.to(tl.float32)" for i, kind in kinds),
         value=triton_code(spec.expr),
+    )
+    pitches = (f"X{i}_PITCH" for i, kind in kinds if kind != "channel")
+    return rows.RowKernel(
+        about=f"out = {spec.expr}; a block of {spec.width} columns.",
+        pointers=tuple(f"{p}_ptr" for p in spec.params),
+        constants=(*pitches, "OUT_PITCH", "BLOCK"),
+        body=body,
     )
 
 
@@ -37,28 +45,17 @@ def launches(site: Site) -> Group:
     spec = site.spec
     assert isinstance(spec, Pointwise)
     inputs = [f"x{i}" for i in range(len(spec.inputs))]
-    rows = [x for x, kind in zip(inputs, spec.inputs, strict=True) if kind != "channel"]
+    pitches = [x for x, kind in zip(inputs, spec.inputs, strict=True) if kind != "channel"]
     block = min(1024, power_of_2(spec.width))
     grid = (site.rows, ceil_div(spec.width, block))
-    constants = site.pitches(*rows, "out") | {"BLOCK": block}
+    constants = site.pitches(*pitches, "out") | {"BLOCK": block}
     return Group((site.launch(site.symbol, grid, [*inputs, "out", site.count], constants),))
 
 
-TEMPLATE = '''
-@triton.jit
-def $symbol(
-    ${params}out_ptr, count_ptr,
-    $pitches
-    OUT_PITCH: tl.constexpr, BLOCK: tl.constexpr,
-):
-    """out = $equation over rows of $width columns; one row, one block of columns per program."""
-    wait_for_launches()
-    WIDTH: tl.constexpr = $width
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    if row >= tl.load(count_ptr):
-        return
-    $loads
-    value = $value + tl.zeros([BLOCK], tl.float32)
-    tl.store(out_ptr + row * OUT_PITCH + cols, to(value, out_ptr), cols < WIDTH)
-'''
+BODY = """
+WIDTH: tl.constexpr = $width
+cols = block * BLOCK + tl.arange(0, BLOCK)
+$loads
+value = $value + tl.zeros([BLOCK], tl.float32)
+tl.store(out_ptr + row * OUT_PITCH + cols, to(value, out_ptr), cols < WIDTH)
+"""

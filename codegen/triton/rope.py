@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...ir.plan import Rope
 from ..text import fill
+from . import rows
 from .launch import Group, Site, ceil_div, power_of_2
 
 TILE = 2048  # numbers that one program holds
@@ -16,16 +17,27 @@ def symbol(spec: Rope) -> str:
 
 
 def emit(spec: Rope, name: str) -> str:
-    return fill(
-        TEMPLATE,
-        symbol=name,
-        pairs="(2i, 2i + 1)" if spec.interleaved else f"(i, i + {spec.rotary // 2})",
+    return rows.emit(name, row_kernel(spec))
+
+
+def row_kernel(spec: Rope) -> rows.RowKernel:
+    where = f" from column {spec.offset} on" if spec.offset else ""
+    pairs = "(2i, 2i + 1)" if spec.interleaved else f"(i, i + {spec.rotary // 2})"
+    body = fill(
+        BODY,
         heads=spec.heads,
         dim=spec.head_dim,
         rotary=spec.rotary,
         offset=spec.offset,
-        copy=COPY if spec.rotary < spec.head_dim else "",
-        rotate=INTERLEAVED if spec.interleaved else HALF_SPLIT,
+        copy=COPY.strip() if spec.rotary < spec.head_dim else "",
+        rotate=(INTERLEAVED if spec.interleaved else HALF_SPLIT).strip(),
+    )
+    pitches = (f"{p.upper()}_PITCH" for p in spec.params)
+    return rows.RowKernel(
+        about=f"(a, b) -> (a cos - b sin, b cos + a sin) for pairs {pairs}{where}; a block of heads.",
+        pointers=tuple(f"{p}_ptr" for p in spec.params),
+        constants=(*pitches, "HEADS_BLOCK", "HALF_BLOCK", "DIM_BLOCK"),
+        body=body,
     )
 
 
@@ -64,35 +76,20 @@ a, b = tl.split(tl.load(x_ptr + both, inside[:, :, None]).to(tl.float32))
 turned = tl.join(a * cos - b * sin, b * cos + a * sin)
 tl.store(out_ptr + both, to(turned, out_ptr), inside[:, :, None])
 """
-TEMPLATE = '''
-@triton.jit
-def $symbol(
-    x_ptr, cos_ptr, sin_ptr, out_ptr, count_ptr,
-    X_PITCH: tl.constexpr, COS_PITCH: tl.constexpr, SIN_PITCH: tl.constexpr, OUT_PITCH: tl.constexpr,
-    HEADS_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr,
-):
-    """(a, b) -> (a cos - b sin, b cos + a sin) for the pairs $pairs of columns
-    $offset + [0, $rotary) of each head; x, out [rows, $heads, $dim].
-
-    One program: a row, a block of its heads.
-    """
-    wait_for_launches()
-    HEADS: tl.constexpr = $heads
-    DIM: tl.constexpr = $dim
-    ROTARY: tl.constexpr = $rotary
-    HALF: tl.constexpr = ROTARY // 2
-    OFFSET: tl.constexpr = $offset
-    row = tl.program_id(0).to(tl.int64)
-    if row >= tl.load(count_ptr):
-        return
-    x_ptr += row * X_PITCH
-    out_ptr += row * OUT_PITCH
-    heads = (tl.program_id(1) * HEADS_BLOCK + tl.arange(0, HEADS_BLOCK))[:, None]
-    $copy
-    pairs = tl.arange(0, HALF_BLOCK)[None, :]
-    inside = (heads < HEADS) & (pairs < HALF)
-    at = heads * DIM + OFFSET
-    cos = tl.load(cos_ptr + row * COS_PITCH + pairs, pairs < HALF, 0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + row * SIN_PITCH + pairs, pairs < HALF, 0.0).to(tl.float32)
-    $rotate
-'''
+BODY = """
+HEADS: tl.constexpr = $heads
+DIM: tl.constexpr = $dim
+ROTARY: tl.constexpr = $rotary
+HALF: tl.constexpr = ROTARY // 2
+OFFSET: tl.constexpr = $offset
+x_ptr += row * X_PITCH
+out_ptr += row * OUT_PITCH
+heads = (block * HEADS_BLOCK + tl.arange(0, HEADS_BLOCK))[:, None]
+$copy
+pairs = tl.arange(0, HALF_BLOCK)[None, :]
+inside = (heads < HEADS) & (pairs < HALF)
+at = heads * DIM + OFFSET
+cos = tl.load(cos_ptr + row * COS_PITCH + pairs, pairs < HALF, 0.0).to(tl.float32)
+sin = tl.load(sin_ptr + row * SIN_PITCH + pairs, pairs < HALF, 0.0).to(tl.float32)
+$rotate
+"""

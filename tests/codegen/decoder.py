@@ -28,6 +28,7 @@ from tokenmill.ir.plan import (
     Step,
 )
 from tokenmill.ir.router import RouterSpec
+from tokenmill.passes.chain import join
 
 from .harness import DTYPES, weights_of
 
@@ -110,6 +111,7 @@ def decoder_plan() -> Plan:
     b.step("1.c_norm", Norm(24, 1e-6), x="kv1", out=act("c1", 24))
     latent = CacheWrite(MLA.cache_format, MLA.cache.parts)
     b.step("1.write", latent, p0="c1", p1=k_pe, cache="cache1")
+    b.steps[-4:] = join(b.steps[-4:])
     b.step("1.attend", MLA, q="q1", cache="cache1", out=act("a1", 30))
     b.step("1.out", Linear(HIDDEN, 30, "int4-g32"), x="a1", out=act("o1", HIDDEN))
     summed = Norm(HIDDEN, 1e-6, residual=True)

@@ -30,7 +30,7 @@ class Model:
     def __init__(self, binary: bytes, threads: int) -> None:
         rng = torch.Generator().manual_seed(3)
         self.weights: dict[str, Tensor] = {}
-        for step in PLAN.steps:
+        for step in (link for each in PLAN.steps for link in each.links):
             for param, value in weights_of(step.spec, rng).items():
                 self.weights[step.bind[param].buffer] = value
         self.library = load_library(binary)

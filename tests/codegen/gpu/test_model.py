@@ -74,7 +74,8 @@ class Model:
                 buffer = plan.buffers[at.buffer]
                 if buffer.kind != "arena":
                     operands[param] = (given | caches)[buffer.name]
-                    places[param] = operands[param].clone() if param == "cache" else operands[param]
+                    cached = buffer.kind == "cache"
+                    places[param] = operands[param].clone() if cached else operands[param]
                     continue
                 whole, size = values[buffer.name], DTYPE_BYTES[buffer.dtype]
                 ours = self.arena[buffer.offset :][: whole.numel() * size]
@@ -94,7 +95,10 @@ class Model:
                     error, float(((got - value.float()).abs().max() / spread).nan_to_num(99.0))
                 )
                 operands[param].copy_(value)
-            if "cache" in operands and not torch.equal(places["cache"], operands["cache"]):
+            caches_of = [
+                p for p, at in step.bind.items() if plan.buffers[at.buffer].kind == "cache"
+            ]
+            if not all(torch.equal(places[p], operands[p]) for p in caches_of):
                 error = 1.0
             yield step, error
 

@@ -30,31 +30,6 @@ TM_NOINLINE void run(Thread &th, int rows, Rows<float> x, const void *weight, Ro
 }
 }  // namespace rms_norm_w40
 
-// out = x / rms(x) * weight,  per row and head of [rows, 1, 24]
-namespace rms_norm_w24 {
-constexpr int HEADS = 1, WIDTH = 24;
-constexpr float EPS = 1e-06f;
-constexpr size_t SHARED = 0, LOCAL = 0;
-
-TM_NOINLINE void run(Thread &th, int rows, Rows<float> x, const void *weight, Rows<float> out) {
-  for (int r = th.share(rows, 0); r < th.share(rows, 1); r++)
-    for (int h = 0; h < HEADS; h++) {
-      float *kept = x[r] + h * WIDTH;
-      vf squares = {};
-      for (int i = 0; i < WIDTH; i += LANES) {
-        const vf v = load_n(kept + i, WIDTH - i);
-        squares += v * v;
-      }
-      const float scale = 1.0f / __builtin_sqrtf(mill::sum(squares) / WIDTH + EPS);
-      for (int i = 0; i < WIDTH; i += LANES) {
-        const vf v = load_n(kept + i, WIDTH - i);
-        const vf w = load_n((const float *)weight + i, WIDTH - i);
-        store_n(out[r] + h * WIDTH + i, v * scale * w, WIDTH - i);
-      }
-    }
-}
-}  // namespace rms_norm_w24
-
 // out = (x + residual) / rms(x + residual) * weight,  per row and head of [rows, 1, 40]
 namespace rms_norm_w40_residual {
 constexpr int HEADS = 1, WIDTH = 40;

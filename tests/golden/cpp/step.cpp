@@ -15,6 +15,7 @@ constexpr int MAX_ROWS = 80;  // tokens or output rows that a step may carry
 #include "latent_attend_kernels.h"
 #include "route_kernels.h"
 #include "experts_kernels.h"
+#include "chain_kernels.h"
 
 namespace mill {
 
@@ -37,9 +38,7 @@ constexpr size_t SHARED_BYTES = largest({0, embed_v50_w40_int8::SHARED, embed_v2
                                          attend_h4_kv2_d16_v16_int8_window70::SHARED,
                                          linear_n40_k64_bf16_fused::SHARED, pointwise_w40::SHARED,
                                          linear_n60_k40_fp8::SHARED, linear_n32_k40_fp32::SHARED,
-                                         rope_interleaved_h3_d20_r8_at12::SHARED,
-                                         rope_interleaved_h1_d8_r8::SHARED, rms_norm_w24::SHARED,
-                                         cache_write_latent24_rope8_fp8::SHARED,
+                                         rope_and_rope_norm_cache_write::SHARED,
                                          latent_attend_h3_n12_r8_l24_v10_fp8::SHARED,
                                          linear_n40_k30_int4_g32::SHARED,
                                          rms_norm_w40_residual::SHARED, linear_n6_k40_fp32::SHARED,
@@ -54,9 +53,7 @@ constexpr size_t LOCAL_BYTES = largest({0, embed_v50_w40_int8::LOCAL, embed_v256
                                         attend_h4_kv2_d16_v16_int8_window70::LOCAL,
                                         linear_n40_k64_bf16_fused::LOCAL, pointwise_w40::LOCAL,
                                         linear_n60_k40_fp8::LOCAL, linear_n32_k40_fp32::LOCAL,
-                                        rope_interleaved_h3_d20_r8_at12::LOCAL,
-                                        rope_interleaved_h1_d8_r8::LOCAL, rms_norm_w24::LOCAL,
-                                        cache_write_latent24_rope8_fp8::LOCAL,
+                                        rope_and_rope_norm_cache_write::LOCAL,
                                         latent_attend_h3_n12_r8_l24_v10_fp8::LOCAL,
                                         linear_n40_k30_int4_g32::LOCAL,
                                         rms_norm_w40_residual::LOCAL, linear_n6_k40_fp32::LOCAL,
@@ -123,47 +120,39 @@ static void step(int index, Thread &th) {
       linear_n32_k40_fp32::run(th, a.tokens, view<float>(a, 128000, 40), a.weights[12],
                                view<float>(a, 160000, 32));
       return;
-    case 15:  // 1.q_rope
-      rope_interleaved_h3_d20_r8_at12::run(th, a.tokens, view<float>(a, 140800, 60),
-                                           view<float>(a, 12800, 4), view<float>(a, 14080, 4),
-                                           view<float>(a, 140800, 60));
+    case 15:  // 1
+      rope_and_rope_norm_cache_write::run(th, a.tokens, view<float>(a, 140800, 60),
+                                          view<float>(a, 12800, 4), view<float>(a, 14080, 4),
+                                          view<float>(a, 140800, 60), view<float>(a, 160096, 32),
+                                          view<float>(a, 12800, 4), view<float>(a, 14080, 4),
+                                          view<float>(a, 160096, 32), view<float>(a, 160000, 32),
+                                          a.weights[13], view<float>(a, 170240, 24),
+                                          view<float>(a, 170240, 24), view<float>(a, 160096, 32),
+                                          a.caches[1]);
       return;
-    case 16:  // 1.k_rope
-      rope_interleaved_h1_d8_r8::run(th, a.tokens, view<float>(a, 160096, 32),
-                                     view<float>(a, 12800, 4), view<float>(a, 14080, 4),
-                                     view<float>(a, 160096, 32));
-      return;
-    case 17:  // 1.c_norm
-      rms_norm_w24::run(th, a.tokens, view<float>(a, 160000, 32), a.weights[13],
-                        view<float>(a, 170240, 24));
-      return;
-    case 18:  // 1.write
-      cache_write_latent24_rope8_fp8::run(th, a.tokens, view<float>(a, 170240, 24),
-                                          view<float>(a, 160096, 32), a.caches[1]);
-      return;
-    case 19:  // 1.attend
+    case 16:  // 1.attend
       latent_attend_h3_n12_r8_l24_v10_fp8::run(th, a.tokens, view<float>(a, 140800, 60),
                                                a.weights[14], a.weights[15], a.caches[1],
                                                view<float>(a, 177920, 30));
       return;
-    case 20:  // 1.out
+    case 17:  // 1.out
       linear_n40_k30_int4_g32::run(th, a.tokens, view<float>(a, 177920, 30), a.weights[16],
                                    a.weights[17], view<float>(a, 187520, 40));
       return;
-    case 21:  // 1.norm2
+    case 18:  // 1.norm2
       rms_norm_w40_residual::run(th, a.tokens, view<float>(a, 187520, 40),
                                  view<float>(a, 115200, 40), a.weights[18],
                                  view<float>(a, 200320, 40), view<float>(a, 213120, 40));
       return;
-    case 22:  // 1.gate
+    case 19:  // 1.gate
       linear_n6_k40_fp32::run(th, a.tokens, view<float>(a, 213120, 40), a.weights[19],
                               view<float>(a, 225920, 6));
       return;
-    case 23:  // 1.route
+    case 20:  // 1.route
       route_e6_top2_sigmoid_g2_top2::run(th, a.tokens, view<float>(a, 225920, 6), a.weights[20],
                                          view<int32_t>(a, 227840, 2), view<float>(a, 228480, 2));
       return;
-    case 24:  // 1.experts
+    case 21:  // 1.experts
       experts_e6_top2_h40_i24_int4_g32_fp8::run(th, a.tokens, view<float>(a, 213120, 40),
                                                 view<int32_t>(a, 227840, 2),
                                                 view<float>(a, 228480, 2), a.weights[21],
@@ -171,15 +160,15 @@ static void step(int index, Thread &th) {
                                                 view<float>(a, 200320, 40),
                                                 view<float>(a, 229120, 40));
       return;
-    case 25:  // rows
+    case 22:  // rows
       select_rows_w40::run(th, a.rows, view<float>(a, 229120, 40), a.row_index,
                            view<float>(a, 241920, 40));
       return;
-    case 26:  // norm
+    case 23:  // norm
       layer_norm_w40::run(th, a.rows, view<float>(a, 241920, 40), a.weights[25], a.weights[26],
                           view<float>(a, 241920, 40));
       return;
-    case 27:  // head
+    case 24:  // head
       linear_n50_k40_int8::run(th, a.rows, view<float>(a, 241920, 40), a.weights[27],
                                a.weights[28], view<float>(a, 242560, 50));
       return;
