@@ -52,8 +52,9 @@ class CudaDevice:
         self._index = index
         self._card = self._core.Device(index)
         self._card.set_current()
-        self._stream = self._card.create_stream()
-        self._torch_stream = torch.cuda.ExternalStream(int(self._stream.handle), device=index)
+        # torch's, which is never destroyed: what it frees later waits for the stream that used it.
+        self._torch_stream = torch.cuda.Stream(device=index)
+        self._stream = self._core.Stream.from_handle(int(self._torch_stream.cuda_stream))
         self.name = str(torch.cuda.get_device_name(index))
         self._sms = int(torch.cuda.get_device_properties(index).multi_processor_count)
         major, minor = torch.cuda.get_device_capability(index)

@@ -1,13 +1,15 @@
 """A real card, where there is one; and what is said where there is none."""
 
 import sys
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import tokenmill
 import tokenmill.errors as errors
 import torch
-from tokenmill.runtime import Artifact, Session
+from tokenmill.runtime import Artifact, Session, cuda
 from tokenmill.runtime.batch import Batch
 from tokenmill.runtime.cuda import CudaDevice, available
 from tokenmill.runtime.gpu import GpuExecutor
@@ -42,6 +44,21 @@ def test_without_cuda_core_the_extra_is_named(monkeypatch):
     with pytest.raises(errors.MissingExtra, match=r"cuda\.core") as caught:
         CudaDevice()
     assert "tokenmill[cuda]" in caught.value.advice
+
+
+def test_the_stream_is_torchs(monkeypatch):
+    """Pinned memory that torch frees waits for every stream that used it: none of them may be gone then."""
+    torchs, streams = MagicMock(), MagicMock()
+    torchs.cuda.Stream = lambda device: SimpleNamespace(cuda_stream=77)
+    torchs.cuda.get_device_capability = lambda index: (9, 0)
+    core = SimpleNamespace(Device=MagicMock(), Stream=streams)
+    driver = SimpleNamespace(cuDriverGetVersion=lambda: (0, 13000))
+    monkeypatch.setattr(cuda, "_import_torch", lambda: torchs)
+    monkeypatch.setattr(cuda, "_import_core", lambda: (core, driver, RuntimeError))
+    device = CudaDevice()
+    streams.from_handle.assert_called_once_with(77)
+    assert device._stream is streams.from_handle.return_value
+    assert (device.capability, device.cuda) == (90, (13, 0))
 
 
 # --- with a card ------------------------------------------------------------------------------------
