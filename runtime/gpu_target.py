@@ -29,7 +29,7 @@ def choose_target(artifact: Artifact, device: Device) -> tuple[Target, Image]:
             elif portable and build.cuda <= device.cuda:
                 choices.append(((False, made), target, "ptx"))
             elif portable or runs:
-                drivers.append(build.cuda)
+                drivers.append((build.cuda[0], 0) if runs else build.cuda)
     if choices:
         _, target, image = max(choices, key=lambda choice: choice[0])
         return target, image

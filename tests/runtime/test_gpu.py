@@ -324,6 +324,12 @@ def test_an_old_driver(made, cuda, chosen):
         assert (target.name, image) == chosen
 
 
+def test_of_a_cubin_any_driver_of_its_major_version_is_asked_for():
+    card, artifact = InterpretedDevice(cuda=(12, 9)), Targets({"sm_90": ("sm_90a", "13.4")})
+    with pytest.raises(errors.DriverTooOld, match=r"knows CUDA 12\.9, .* need 13\.0"):
+        choose_target(artifact, card)
+
+
 def test_ptx_is_loaded_where_the_cubins_are_for_another_card(tmp_path):
     model = TinyModel(extern=False)
     path = write_artifact(tmp_path / "m", model.plan, model.weights, architecture="sm_80")
