@@ -60,6 +60,8 @@ class CudaDevice:
         major, minor = torch.cuda.get_device_capability(index)
         self.capability = 10 * major + minor
         self.failures: tuple[type[Exception], ...] = (torch.AcceleratorError, cuda_error)
+        most = self._driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+        _, self.shared_bytes = self._driver.cuDeviceGetAttribute(most, index)
         _, version = self._driver.cuDriverGetVersion()
         self.cuda = (version // 1000, version % 1000 // 10)
 

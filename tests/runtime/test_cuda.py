@@ -52,13 +52,15 @@ def test_the_stream_is_torchs(monkeypatch):
     torchs.cuda.Stream = lambda device: SimpleNamespace(cuda_stream=77)
     torchs.cuda.get_device_capability = lambda index: (9, 0)
     core = SimpleNamespace(Device=MagicMock(), Stream=streams)
-    driver = SimpleNamespace(cuDriverGetVersion=lambda: (0, 13000))
+    driver = MagicMock()
+    driver.cuDriverGetVersion.return_value = (0, 13000)
+    driver.cuDeviceGetAttribute.return_value = (0, 227 << 10)
     monkeypatch.setattr(cuda, "_import_torch", lambda: torchs)
     monkeypatch.setattr(cuda, "_import_core", lambda: (core, driver, RuntimeError))
     device = CudaDevice()
     streams.from_handle.assert_called_once_with(77)
     assert device._stream is streams.from_handle.return_value
-    assert (device.capability, device.cuda) == (90, (13, 0))
+    assert (device.capability, device.shared_bytes, device.cuda) == (90, 227 << 10, (13, 0))
 
 
 # --- with a card ------------------------------------------------------------------------------------
