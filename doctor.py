@@ -113,7 +113,11 @@ def _gpus() -> list[dict[str, str]]:
 def _packages() -> dict[str, dict[str, str | None]]:
     """Versions of what tokenmill and each of its extras ask for; None where not installed."""
     packages: dict[str, dict[str, str | None]] = defaultdict(dict)
-    for requirement in metadata.requires("tokenmill") or []:
+    try:
+        requirements = metadata.requires("tokenmill") or []
+    except metadata.PackageNotFoundError:  # run from a checkout
+        requirements = []
+    for requirement in requirements:
         name = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
         extra = re.search(r"extra == ['\"]([\w-]+)", requirement)
         packages[extra[1] if extra else CORE][name] = _version(name)

@@ -42,6 +42,7 @@ from _gpu_cases import (
 )
 from _gpu_rig import COPIES_MOST, Memory, Rig, copies, counts, inputs_of, seconds
 from tokenmill.codegen import reference
+from tokenmill.errors import KernelFailed
 from tokenmill.ir import cache, quant
 from tokenmill.ir.plan import Experts, LatentAttend, Linear, load
 from tokenmill.runtime import Artifact, Session
@@ -592,7 +593,8 @@ def perform(
             except Exception as error:
                 last = (str(error).strip() or type(error).__name__).splitlines()[0]
                 note(case=case.name, failed=f"{type(error).__name__}: {last}"[:300])
-                if isinstance(error, bench.device.failures) and not _alive(bench.device):
+                lost = isinstance(error, (*bench.device.failures, KernelFailed))
+                if lost and not _alive(bench.device):
                     return False
             print(f"  {case.name} {time.time() - start:.1f} s", file=sys.stderr, flush=True)
     return True

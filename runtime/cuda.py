@@ -54,13 +54,16 @@ class CudaDevice:
         self._index = index
         self._card = self._core.Device(index)
         self._card.set_current()
-        self._stream = self._card.create_stream()
-        self._torch_stream = torch.cuda.ExternalStream(int(self._stream.handle), device=index)
+        # torch's, which is never destroyed: what it frees later waits for the stream that used it.
+        self._torch_stream = torch.cuda.Stream(device=index)
+        self._stream = self._core.Stream.from_handle(int(self._torch_stream.cuda_stream))
         self.name = str(torch.cuda.get_device_name(index))
         self._sms = int(torch.cuda.get_device_properties(index).multi_processor_count)
         major, minor = torch.cuda.get_device_capability(index)
         self.capability = 10 * major + minor
         self.failures: tuple[type[Exception], ...] = (torch.AcceleratorError, cuda_error)
+        most = self._driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+        _, self.shared_bytes = self._driver.cuDeviceGetAttribute(most, index)
         _, version = self._driver.cuDriverGetVersion()
         self.cuda = (version // 1000, version % 1000 // 10)
 

@@ -30,12 +30,13 @@ GRAPH_SECONDS, REPEATS_MOST = 3e-3, 128  # of a graph that is timed
 class Device(Protocol):
     """A card with one stream of work on it; its memory is torch's.
 
-    ``capability`` is 90 for 9.0, ``cuda`` the version of CUDA that the driver knows; ``failures`` are
-    raised when work that was launched went wrong.
+    ``capability`` is 90 for 9.0, ``shared_bytes`` the most shared memory that a block may have, ``cuda``
+    the version of CUDA that the driver knows; ``failures`` are raised when work that was launched went wrong.
     """
 
     name: str
     capability: int
+    shared_bytes: int
     cuda: tuple[int, int]
     failures: tuple[type[Exception], ...]
 

@@ -17,19 +17,23 @@ def choose_target(artifact: Artifact, device: Device) -> tuple[Target, Image]:
     """The target whose cubins run on ``device``, or else whose PTX its driver can compile.
 
     A cubin runs on cards of its major capability and no lower minor one, PTX on any later card, and what
-    is made for ``sm_90a`` on 9.0 alone.  Raises ForeignTarget; DriverTooOld if a newer one would do.
+    is made for ``sm_90a`` on 9.0 alone; neither where a block may have less shared memory than it takes.
+    Raises ForeignTarget; DriverTooOld if a newer one would do.
     """
     choices: list[tuple[tuple[bool, int], Target, Image]] = []
     drivers: list[tuple[int, int]] = []
+    shared: list[int] = []
     for target in artifact.targets:
         for build in builds(artifact, target) if target.device == "cuda" else ():
             made, runs, portable = _fits(build, device.capability)
-            if runs and build.cuda[0] <= device.cuda[0]:
+            if (runs or portable) and build.shared > device.shared_bytes:
+                shared.append(build.shared)
+            elif runs and build.cuda[0] <= device.cuda[0]:
                 choices.append(((True, made), target, "cubin"))
             elif portable and build.cuda <= device.cuda:
                 choices.append(((False, made), target, "ptx"))
             elif portable or runs:
-                drivers.append(build.cuda)
+                drivers.append((build.cuda[0], 0) if runs else build.cuda)
     if choices:
         _, target, image = max(choices, key=lambda choice: choice[0])
         return target, image
@@ -37,10 +41,16 @@ def choose_target(artifact: Artifact, device: Device) -> tuple[Target, Image]:
         found, needed = (".".join(map(str, version)) for version in (device.cuda, min(drivers)))
         raise errors.DriverTooOld(found=found, needed=needed)
     major, minor = divmod(device.capability, 10)
+    reason = f"{device.name} has compute capability {major}.{minor}"
+    if shared:
+        have, need = device.shared_bytes >> 10, min(shared) >> 10
+        reason += f" and {have} KiB of shared memory for a block, which needs {need}"
+    names = [target.name for target in artifact.targets]
+    advised = advised_target(device.capability)
     raise errors.ForeignTarget(
-        targets=", ".join(target.name for target in artifact.targets) or "none",
-        reason=f"{device.name} has compute capability {major}.{minor}",
-        target=advised_target(device.capability),
+        targets=", ".join(names) or "none",
+        reason=reason,
+        target="cpu" if shared and advised in names else advised,
     )
 
 

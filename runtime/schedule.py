@@ -104,10 +104,12 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Build:
-    """For what a target's binaries were made: the architecture as PTX names it, and the CUDA version."""
+    """For what a target's binaries were made: the architecture as PTX names it, the CUDA version, and the
+    shared memory of a block, as the greediest of them needs it."""
 
     architecture: str
     cuda: tuple[int, int]
+    shared: int
 
 
 @dataclass(frozen=True)
@@ -147,10 +149,9 @@ def builds(artifact: Artifact, target: Target) -> set[Build]:
     """What a target's binaries were made for: one, or none if there are no binaries."""
     data = _read(artifact, target, BINARIES, BINARIES_VERSION)
     with _Checking(f"{target.directory}/{BINARIES}"):
-        return {
-            Build(str(facts["ptx_target"]), _version(facts["cuda"]))
-            for facts in data["binaries"].values()
-        }
+        made = data["binaries"].values()
+        shared = max((_natural(facts["shared_bytes"]) for facts in made), default=0)
+        return {Build(str(facts["ptx_target"]), _version(facts["cuda"]), shared) for facts in made}
 
 
 class _Checking:

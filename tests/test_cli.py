@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,16 @@ def test_doctor_knows_what_is_installed() -> None:
     assert found["cpu"]["cores"] >= 1
     assert all("pip install" in remedy for remedy in found["remedies"])
     assert tokenmill("doctor").exit_code == 0
+
+
+def test_doctor_answers_in_a_checkout_that_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unknown(name: str) -> list[str]:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", unknown)
+    assert answer("doctor")["packages"] == {}
 
 
 # --- bad input ------------------------------------------------------------------------------------

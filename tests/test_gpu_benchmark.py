@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tokenmill import codegen
 from tokenmill.codegen.triton import experts
+from tokenmill.errors import KernelFailed
 from tokenmill.ir import plan as plans
 from tokenmill.ir.plan import Experts, LatentAttend, Linear, Norm, Pointwise, Route
 from tokenmill.ir.router import RouterSpec
@@ -283,6 +284,18 @@ def test_a_case_that_fails_leaves_the_others_alone(tmp_path, device):
     worse = Case("gemm", "2x2", "ours bf16", 1, "nowhere", 0)
     found = performed(tmp_path, device, [bad, worse])
     assert [line["failed"].split(":")[0] for line in found.values()] == ["FileNotFoundError"] * 2
+
+
+def test_a_model_that_loses_the_card_ends_the_process(tmp_path, device, monkeypatch):
+    def lose(bench, case):
+        device.fails = True
+        raise KernelFailed(target="sm_90", code="CUDA_ERROR_ILLEGAL_ADDRESS", first=0, last=1)
+
+    monkeypatch.setattr(gpu_run.Bench, "perform", lose)
+    cases = [Case("model", name, "ours bf16") for name in ("a", "b")]
+    journal = tmp_path / "journal"
+    assert not gpu_run.perform(gpu_run.Bench(tmp_path, device), cases, journal)
+    assert gpu.read(journal).keys() == {cases[0].name}  # the other has not been spoilt
 
 
 CHILD = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 
 # Attributes of .nv.info sections: (format, attribute, size or value), then bytes if the format says so.
 _SIZED = 4
-_PARAM, _FRAME_SIZE, _REGISTERS, _CUDA = 0x17, 0x11, 0x2F, 0x37
+_PARAM, _FRAME_SIZE, _REGISTERS, _CUDA, _THREADS = 0x17, 0x11, 0x2F, 0x37, 0x10
 _PRODUCT = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\.([\w.:]+)")
 _KIND = re.compile(r"kind::(\w+)")
 _ELSEWHERE = re.compile(r"\b(?:bra|brx|call|ret|exit|cp|(?:ld|st|atom|red)(?!\.param|\.shared))\b")
@@ -18,11 +19,16 @@ _NUMBER = re.compile(r"(?:b|t)?f\d+|e\dm\d|[su]\d+")  # number types in an instr
 
 @dataclass(frozen=True)
 class Cubin:
-    """The resources of a kernel, per thread.  ``cuda`` is the toolkit's version, which a driver must know."""
+    """The resources of a kernel, per thread, and how it is launched: blocks of ``threads`` (0: of any size).
+
+    ``params`` are (offset, size) of what it takes, in order; ``cuda`` is the toolkit's version, which a
+    driver must know.
+    """
 
     registers: int
     local_bytes: int  # the stack: registers that were spilled, and arrays
-    params: int
+    params: tuple[tuple[int, int], ...]
+    threads: int
     cuda: str
 
 
@@ -37,9 +43,16 @@ def read_cubin(data: bytes) -> Cubin:
     return Cubin(
         registers=max(map(_last, found[_REGISTERS])),
         local_bytes=max(map(_last, found.get(_FRAME_SIZE, [bytes(4)]))),
-        params=len(found.get(_PARAM, [])),
+        params=tuple((at, size) for _, at, size in sorted(map(_param, found.get(_PARAM, [])))),
+        threads=math.prod(struct.unpack("<III", found[_THREADS][0])) if _THREADS in found else 0,
         cuda=f"{version // 10}.{version % 10}",
     )
+
+
+def _param(value: bytes) -> tuple[int, int, int]:
+    """Number, offset and size of a parameter."""
+    _, number, offset, facts = struct.unpack("<IHHI", value)
+    return number, offset, facts >> 18
 
 
 def _last(value: bytes) -> int:

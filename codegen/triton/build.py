@@ -159,8 +159,11 @@ def _binary(entry: Entry, answer: Mapping[str, Any], root: Path, target: GpuTarg
             target=target.name,
             log=f"its tiles do not fit, and it became a trap: {entry['constants']}",
         )
-    extra = cubin.params - len(entry["params"])
-    assert 0 <= extra <= len(answer["scratch"]), f"{entry['name']} takes {cubin.params} parameters"
+    extra = len(cubin.params) - len(entry["params"])
+    assert 0 <= extra <= len(answer["scratch"]), f"{entry['name']} takes {cubin.params}"
+    # The runtime passes addresses and nothing else.
+    assert cubin.params == tuple((8 * i, 8) for i in range(len(cubin.params))), entry["name"]
+    assert cubin.threads in (0, answer["threads"]), f"{entry['name']}: {cubin.threads} threads"
     binary = Binary(
         kernel=answer["kernel"],
         threads=answer["threads"],

@@ -53,9 +53,10 @@ class InterpretedDevice:
 
     failures = (CardLost,)
 
-    def __init__(self, total=1 << 26, capability=90, cuda=(13, 0)):
+    def __init__(self, total=1 << 26, capability=90, cuda=(13, 0), shared_bytes=227 << 10):
         mend()
         self.name, self.capability, self.cuda = "Test card", capability, cuda
+        self.shared_bytes = shared_bytes
         self.total = total
         self.launches = self.replays = self.waits = self.taken = 0
         self.images = set()

@@ -2,13 +2,14 @@
 
 import sys
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import tokenmill
 import tokenmill.errors as errors
 import torch
-from tokenmill.runtime import Artifact, Session
+from tokenmill.runtime import Artifact, Session, cuda
 from tokenmill.runtime.batch import Batch
 from tokenmill.runtime.cuda import CudaDevice, available
 from tokenmill.runtime.gpu import GpuExecutor
@@ -74,6 +75,23 @@ def test_only_kernels_that_wait_begin_early(waits):
     device._core.LaunchConfig = OldConfig
     device.launcher("kernel", launch, [16])()
     assert len(launched) == 2
+
+
+def test_the_stream_is_torchs(monkeypatch):
+    """Pinned memory that torch frees waits for every stream that used it: none of them may be gone then."""
+    torchs, streams = MagicMock(), MagicMock()
+    torchs.cuda.Stream = lambda device: SimpleNamespace(cuda_stream=77)
+    torchs.cuda.get_device_capability = lambda index: (9, 0)
+    core = SimpleNamespace(Device=MagicMock(), Stream=streams)
+    driver = MagicMock()
+    driver.cuDriverGetVersion.return_value = (0, 13000)
+    driver.cuDeviceGetAttribute.return_value = (0, 227 << 10)
+    monkeypatch.setattr(cuda, "_import_torch", lambda: torchs)
+    monkeypatch.setattr(cuda, "_import_core", lambda: (core, driver, RuntimeError))
+    device = CudaDevice()
+    streams.from_handle.assert_called_once_with(77)
+    assert device._stream is streams.from_handle.return_value
+    assert (device.capability, device.shared_bytes, device.cuda) == (90, 227 << 10, (13, 0))
 
 
 # --- with a card ------------------------------------------------------------------------------------

@@ -240,18 +240,20 @@ def raise_memory_error(nbytes):
 
 
 class Targets:
-    """An artifact's GPU targets: {name: (architecture, CUDA version)}."""
+    """An artifact's GPU targets: {name: (architecture, CUDA version)}, of some KiB of shared memory."""
 
-    def __init__(self, made):
+    def __init__(self, made, shared=64):
         self.targets = tuple(Target(name, f"kernels/{name}") for name in made)
         self._made = made
+        self._shared = shared << 10
 
     def json(self, file):
         name = file.split("/")[1]
         if name not in self._made:
             return {}
         architecture, cuda = self._made[name]
-        binaries = {n: {"ptx_target": architecture, "cuda": cuda} for n in "ab"}
+        facts = {"ptx_target": architecture, "cuda": cuda}
+        binaries = {n: facts | {"shared_bytes": self._shared * (n == "b")} for n in "ab"}
         return {"version": 1, "target": name, "binaries": binaries}
 
 
@@ -304,6 +306,18 @@ def test_a_card_without_kernels_is_named_with_the_target_it_needs(targets, capab
     assert caught.value.advice.endswith(f"--target {advised}")
 
 
+@pytest.mark.parametrize(("capability", "advised"), [(89, "sm_89"), (120, "sm_120"), (86, "cpu")])
+def test_a_card_with_less_shared_memory_for_a_block_is_told_so(capability, advised):
+    """Its capability alone would do: made for an A100, and met by a card for desktops."""
+    card = InterpretedDevice(capability=capability, shared_bytes=99 << 10)
+    made = {"sm_80": ALL["sm_80"]}
+    assert choose_target(Targets(made, shared=99), card)[0].name == "sm_80"
+    why = "99 KiB of shared memory for a block, which needs 160"
+    with pytest.raises(errors.ForeignTarget, match=why) as caught:
+        choose_target(Targets(made, shared=160), card)
+    assert caught.value.advice.endswith(f"--target {advised}")
+
+
 @pytest.mark.parametrize(
     ("made", "cuda", "chosen"),
     [
@@ -322,6 +336,12 @@ def test_an_old_driver(made, cuda, chosen):
     else:
         target, image = choose_target(artifact, card)
         assert (target.name, image) == chosen
+
+
+def test_of_a_cubin_any_driver_of_its_major_version_is_asked_for():
+    card, artifact = InterpretedDevice(cuda=(12, 9)), Targets({"sm_90": ("sm_90a", "13.4")})
+    with pytest.raises(errors.DriverTooOld, match=r"knows CUDA 12\.9, .* need 13\.0"):
+        choose_target(artifact, card)
 
 
 def test_ptx_is_loaded_where_the_cubins_are_for_another_card(tmp_path):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.resources import files as resources
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,6 +32,7 @@ from tokenmill.ir.plan import (
     SelectRows,
 )
 from tokenmill.passes.narrow import narrow
+from tokenmill.runtime.schedule import read_binary, read_launch
 
 from ..decoder import decoder_plan
 from ..harness import Kernels
@@ -95,6 +96,22 @@ def tool(name: str, *args: str) -> str:
     """What a program inside the Triton wheel says."""
     path = str(resources("triton") / "backends" / "nvidia" / "bin" / name)
     return subprocess.run([path, *args], capture_output=True, text=True, check=True).stdout
+
+
+def assert_launched_as_built(built: GpuBuild) -> None:
+    """The runtime passes every kernel as many addresses as its machine code takes, in blocks of its size."""
+    binaries = {
+        entry["name"]: read_binary(entry, asdict(built.binaries[entry["name"]]))
+        for entry in built.schedule["binaries"]
+    }
+    launches = [launch for group in built.schedule["groups"] for launch in group]
+    launched = [read_launch(data, binaries) for data in launches if data["binary"] in binaries]
+    assert {launch.binary.name for launch in launched} == binaries.keys()
+    for launch in launched:
+        cubin = read_cubin(built.files[f"{launch.binary.name}.cubin"])
+        passed = [*launch.args, *launch.binary.scratch]
+        assert cubin.params == tuple((8 * i, 8) for i in range(len(passed))), launch.binary.name
+        assert cubin.threads == launch.binary.threads
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -161,8 +178,12 @@ def test_resources_are_what_cuobjdump_says(hopper: GpuBuild, tmp_path: Path) -> 
             said = re.search(r"REG:(\d+) STACK:(\d+)", tool("cuobjdump", "-res-usage", str(path)))
             assert said is not None
             assert (binary.registers, binary.local_bytes) == tuple(map(int, said.groups()))
-            params = tool("cuobjdump", "-elf", str(path)).count("EIATTR_KPARAM_INFO")
-            assert read_cubin(path.read_bytes()).params == params
+            sizes = re.findall(
+                r"Ordinal : 0x(\w+)\s+Offset +: 0x(\w+)\s+Size +: 0x(\w+)",
+                tool("cuobjdump", "-elf", str(path)),
+            )
+            params = sorted(tuple(int(number, 16) for number in row) for row in sizes)
+            assert read_cubin(path.read_bytes()).params == tuple(row[1:] for row in params)
     (row,) = spilled.facts()
     assert row["local_bytes"] > 0
 
@@ -288,6 +309,7 @@ def test_large_products_copy_tiles_by_descriptors(
     schedule["binaries"] = [b for b in schedule["binaries"] if b["name"] == name]
     schedule["buckets"] = []
     built = build_gpu(files | {"schedule.json": json.dumps(schedule)}, parse_target(target))
+    assert_launched_as_built(built)
     binary = built.binaries[name]
     assert [s["bytes"] > 0 for s in binary.scratch] == [True, False]
     assert binary.scratch[0]["align"] == 128
@@ -310,6 +332,7 @@ def test_many_tokens_multiply_fp8_experts_in_e4m3(target: str) -> None:
     schedule["binaries"] = [b for b in schedule["binaries"] if b["name"] in wanted]
     schedule["buckets"] = []
     built = build_gpu(files | {"schedule.json": json.dumps(schedule)}, parse_target(target))
+    assert_launched_as_built(built)
     assert not any(binary.local_bytes for binary in built.binaries.values())
     products = [name for name in wanted if "_sorted_" in name]
     assert len(products) == 2
@@ -352,6 +375,7 @@ def test_every_kind_of_kernel_compiles(target: str) -> None:
     schedule["binaries"] = [b for b in schedule["binaries"] if b["name"] in wanted]
     schedule["buckets"] = buckets
     built = build_gpu(files | {"schedule.json": json.dumps(schedule)}, parse_target(target))
+    assert_launched_as_built(built)
     kinds = {b["file"].removesuffix("_kernels.py") for b in schedule["binaries"]}
     assert kinds == KINDS.keys() - {"custom", "extern"} | {"sample"}
     for name, binary in built.binaries.items():
