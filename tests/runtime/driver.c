@@ -41,6 +41,9 @@ CUresult stand_cuLaunchKernelEx(const CUlaunchConfig *how, CUfunction kernel, vo
       (void *)how->hStream, how->gridDimX, how->gridDimY, how->gridDimZ, how->blockDimX, how->blockDimY,
       how->blockDimZ, how->sharedMemBytes);
   for (int i = 0; i < 3; i++) SAY(" %llx", *(unsigned long long *)params[i]);
+  for (unsigned i = 0; i < how->numAttrs; i++)
+    if (how->attrs[i].id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
+      SAY(" early %d", how->attrs[i].value.programmaticStreamSerializationAllowed);
   SAY("\n");
   return getenv("LAUNCHES_FAIL") ? CUDA_ERROR_ILLEGAL_ADDRESS : CUDA_SUCCESS;
 }

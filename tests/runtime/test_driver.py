@@ -41,8 +41,8 @@ file = Path(sys.argv[1])
 file.write_bytes(b"code")
 
 
-def work(shared=0, grid=(5, 6, 7), per_sm=0):
-    binary = Binary("k", "symbol", (True, True), 96, shared, (Scratch(0, 1),))
+def work(shared=0, grid=(5, 6, 7), per_sm=0, waits=False):
+    binary = Binary("k", "symbol", (True, True), 96, shared, (Scratch(0, 1),), waits)
     launch = Launch(binary, ("x", "y"), grid, per_sm)
     return device.launcher(device.load(file, "cubin", binary), launch, [0x7F00_0000_0100, 0x200, 0])
 
@@ -101,6 +101,17 @@ except errors.ArtifactDamaged as error:
 def test_blocks_that_go_on_are_as_many_as_the_card_holds(folder):
     *_, launch = said(folder, "work(grid=(5000, 1, 1), per_sm=2)()")
     assert "grid 264 1 1" in launch
+
+
+def test_a_kernel_that_waits_may_begin_early(folder):
+    cuda_core = pytest.importorskip("cuda.core")
+    if not hasattr(cuda_core.LaunchConfig, "programmatic_stream_serialization"):
+        pytest.skip("this cuda.core knows no such launches")
+    assert said(folder, "work(waits=True)()")[-1].endswith(" early 1")
+    assert "early" not in said(folder, "work()()")[-1]
+    *_, recorded, _ = said(folder, "device.record(work(waits=True))()")
+    assert recorded.startswith("capture")
+    assert recorded.endswith(" early 1")
 
 
 def test_a_graph_is_recorded_once_and_replayed(folder):
