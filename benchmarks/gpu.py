@@ -11,6 +11,11 @@ Cases are carried out in a process of their own, the most important first.  One 
 the card costs itself only, and what does not fit into the time is listed as left out.  The tables come last;
 the status is 1 if something of ours is wrong or failed, 2 where there is no card.
 
+Where the card's machine has no network, bring wheels along:
+``pip download --no-deps --only-binary=:all: --python-version 3.12 -d whl cuda-core cuda-pathfinder`` here,
+``pip install --no-index --no-deps --target site whl/*`` and PYTHONPATH=site there.  What ``build`` wrote is a
+tenth as large in xz.  ``pytest tests/runtime/test_cuda.py`` there is a first look.
+
     check       every kind and format of kernel on hostile shapes, against torch on the CPU
     model       the bundled model, prompt and decoding, against torch on the same plan and fp32 on a CPU
     gemm        products at DeepSeek-V3's shapes, next to cuBLAS and torch's FP8
