@@ -571,14 +571,17 @@ def _source(name: str, text: str) -> Element:
 def _spec(spec: Facts | str) -> Cell:
     if isinstance(spec, str):
         return el("span", spec, class_="mono soft")
-    # What is empty, False or 0 is a feature that this kernel does without.
-    shown = (f"{k}={_short(v)}" for k, v in spec.items() if k != "kind" and v)
-    return el("span", ", ".join(shown), class_="mono soft")
+    return el("span", _fields(spec), class_="mono soft")
+
+
+def _fields(spec: Mapping[str, Any]) -> str:
+    """What is empty, False or 0 is a feature that a kernel does without."""
+    return ", ".join(f"{k}={_short(v)}" for k, v in spec.items() if k != "kind" and v)
 
 
 def _short(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "(" + ", ".join(f"{k}={_short(v)}" for k, v in value.items()) + ")"
+        return f"{value.get('kind', '')}({_fields(value)})"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_short, value)) + "]"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
