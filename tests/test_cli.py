@@ -208,10 +208,25 @@ def _broken_header(model: Path) -> None:
     file.write_bytes(data)
 
 
-def _contradicted(model: Path) -> None:
-    config = json.loads((model / "config.json").read_text())
-    config["hidden_size"] *= 2
-    (model / "config.json").write_text(json.dumps(config))
+def _configured(**changes: object) -> Callable[[Path], None]:
+    """Damage by changes to config.json."""
+
+    def damage(model: Path) -> None:
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | changes))
+
+    damage.__name__ = "_".join(changes)
+    return damage
+
+
+def _indexed(content: str) -> Callable[[Path], None]:
+    """Damage by an index of shards with this content."""
+
+    def damage(model: Path) -> None:
+        (model / "model.safetensors.index.json").write_text(content)
+
+    damage.__name__ = f"index {content}"
+    return damage
 
 
 @pytest.mark.parametrize(
@@ -223,7 +238,12 @@ def _contradicted(model: Path) -> None:
         _not_json,
         _truncated,
         _broken_header,
-        _contradicted,
+        _configured(hidden_size=512),  # contradicts the weights
+        _configured(rms_norm_eps="x"),
+        _configured(num_attention_heads=0),
+        _indexed("[]"),
+        _indexed('{"weight_map": {"a": 3}}'),
+        _indexed('{"weight_map": {"a": "../secret.safetensors"}}'),
     ],
     ids=lambda damage: damage.__name__.strip("_"),
 )
