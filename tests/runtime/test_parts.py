@@ -249,6 +249,13 @@ def feed(stream, ids):
     return [stream.push(token) for token in ids]
 
 
+@pytest.mark.parametrize("content", ["", "{}", "[1]"])
+def test_a_file_that_is_no_tokenizer(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(errors.TokenizerDamaged, match=r"tokenizer\.json is not a tokenizer"):
+        Tokenizer(tmp_path / "tokenizer.json")
+
+
 def test_characters_come_whole(tokenizer):
     stream = TextStream(tokenizer, [])
     assert feed(stream, "aé€😀".encode()) == ["a", "", "é", "", "", "€", "", "", "", "😀"]
