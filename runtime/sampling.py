@@ -33,7 +33,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         finite = math.isfinite(self.temperature)
-        _require(finite and self.temperature >= 0, "temperature", self.temperature, "at least 0")
+        _require(finite and self.temperature >= 0, "temperature", self.temperature, "from 0 on")
         _require(self.top_k >= 0, "top_k", self.top_k, "at least 0 (0 keeps all tokens)")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _require(self.seed >= 0, "seed", self.seed, "at least 0")
