@@ -82,7 +82,8 @@ class Recorder:
             device: sum(_bytes(b) for b in p.buffers.values() if b.kind == "weight")
             for device, p in plans.items()
         }
-        decisions = next((p.decisions for p in passes if isinstance(p, Quantize)), [])
+        quantize = next((p for p in passes if isinstance(p, Quantize)), Quantize())
+        decisions = quantize.decisions
         share: Counter[str] = Counter()
         stored: Counter[str] = Counter()
         for d in decisions:
@@ -103,7 +104,7 @@ class Recorder:
             "kv_bytes_per_token_expanded": self._expanded * kv.FORMATS[recipe.kv],
             "weights_by_format": {f: n / total for f, n in sorted(share.items())},
             "bytes_by_format": dict(sorted(stored.items())),
-            "quantized": _quantized(decisions),
+            "quantized": _quantized(decisions) | {"idle_rules": quantize.idle},
             "formats": [
                 {"weight": d.weight, "role": d.role, "format": d.format, "parameters": d.parameters,
                  "bytes": d.bytes} for d in decisions

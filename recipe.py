@@ -547,7 +547,8 @@ def _bad_recipe(detail: ErrorDetails) -> BadRecipe:
             advice = "change or remove it"
         case _:
             reason = f"{reason} (found {detail['input']!r})"
-            advice = f"the defaults are {Recipe().dump()}"
+            field = re.split(r"[.\[]", where)[0]
+            advice = f"the default of {field} is {json.dumps(Recipe().dump()[field])}"
     return BadRecipe(where=where, reason=reason, advice=advice)
 
 
