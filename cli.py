@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
+from . import __version__
 from .console import answering, bench_view, facts_view, pairs, progress_bar, steps_view, tune_view
 from .errors import BadRequest
 
@@ -67,6 +68,24 @@ def _terminated(number: int, _frame: FrameType | None) -> NoReturn:
 
 
 # --- commands -------------------------------------------------------------------------------------
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tokenmill {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -584,6 +603,11 @@ def _look_into(
 
 
 def _artifact_subject(artifact: Artifact) -> _Subject:
+    if not artifact.manifest.report:
+        raise BadRequest(
+            reason=f"{str(artifact.path)!r} was written without a report",
+            advice="compile the model again: tokenmill optimize MODEL -o DIR",
+        )
     names = sorted(artifact.manifest.files)
     texts = {
         name: (artifact.path / name).read_text("utf-8")

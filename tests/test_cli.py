@@ -15,10 +15,14 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tokenmill import __version__
 from tokenmill.cli import app
+from tokenmill.runtime.artifact import ArtifactWriter
 from typer.testing import CliRunner, Result
 
-COMMANDS = ["optimize", "run", "eval", "bench", "tune", "inspect", "verify", "doctor"]
+COMMANDS = [
+    "optimize", "run", "eval", "bench", "tune", "inspect", "export", "verify", "doctor",
+]  # fmt: skip
 
 
 def tokenmill(*arguments: object) -> Result:
@@ -52,6 +56,12 @@ def test_every_command_explains_itself(command: str) -> None:
     result = tokenmill(command, "--help")
     assert result.exit_code == 0
     assert "--json" in result.stdout
+
+
+def test_the_version() -> None:
+    assert tokenmill("--version").stdout == f"tokenmill {__version__}\n"
+    command = [sys.executable, "-m", "tokenmill", "--version"]
+    assert subprocess.check_output(command, text=True) == f"tokenmill {__version__}\n"
 
 
 @pytest.mark.parametrize(
@@ -108,6 +118,13 @@ def test_inspect_prints_graphs_and_kernels(int4_artifact: Path) -> None:
     for stage in answer("inspect", int4_artifact)["stages"]:
         assert answer("inspect", int4_artifact, "--graph", stage)["graph"]
     assert "use one of" in refused("inspect", int4_artifact, "--graph", "nowhere")
+
+
+def test_inspect_needs_a_report(tmp_path: Path) -> None:
+    with ArtifactWriter(tmp_path / "bare") as writer:
+        writer.json("plan.json", {})
+        writer.describe(targets=[])
+    assert "without a report" in refused("inspect", tmp_path / "bare")
 
 
 def test_a_dry_run_writes_nothing(tiny_deepseek: Path, tmp_path: Path) -> None:

@@ -266,7 +266,9 @@ def test_close_stops_the_pool_and_refuses_further_work(fake, tmp_path):
             call()
 
 
-@pytest.mark.parametrize("options", [{"threads": 0}, {"threads": -2}, {"cache_tokens": 0}])
+@pytest.mark.parametrize(
+    "options", [{"threads": 0}, {"threads": -2}, {"threads": 1 << 20}, {"cache_tokens": 0}]
+)
 def test_session_options_are_checked(model_dir, options):
     with pytest.raises(errors.BadRequest):
         Session(model_dir, **options)
