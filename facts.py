@@ -89,7 +89,7 @@ class Recorder:
         for d in decisions:
             share[d.format] += d.parameters
             stored[d.format] += d.bytes
-        total = sum(share.values())
+        total = sum(share.values()) or 1
         kv_bytes = sum(c.row_bytes for c in plan.caches)
         return {
             "model": {
@@ -228,7 +228,7 @@ def memory(weights: int, arena: int, row: int, positions: int) -> dict[str, Any]
         room = gigabytes * 10**9 - arena
         if room <= 0:
             continue
-        cards = -(-(weights + row) // room)
+        cards = max(1, -(-(weights + row) // room))
         tokens = (cards * room - weights) // row if row else 0
         rows.append({
             "card_bytes": gigabytes * 10**9, "cards": cards, "tokens": tokens,
