@@ -197,7 +197,7 @@ class ExportDiffers(TokenmillError):
 
 class OutputFailed(TokenmillError):
     what = "could not write {path!r}: {reason}"
-    remedy = "free space or choose another place; nothing was left behind"
+    remedy = "free space or choose another place; nothing half-written was left behind"
 
 
 # --- the artifact -----------------------------------------------------------------------------------
