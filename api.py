@@ -114,7 +114,12 @@ def optimize(
     all is, and the same call goes on from there.  Raises a TokenmillError for bad input, before anything is
     written.
     """
-    recipe = recipe or Recipe()
+    if not isinstance(model, str | os.PathLike | nn.Module):
+        raise BadRequest(
+            reason=f"a model that is a {type(model).__name__}",
+            advice="pass a checkpoint's directory, a hub id, or an nn.Module",
+        )
+    recipe = Recipe.model_validate(recipe or {})  # a dict of its fields will do
     pipeline(recipe)  # raises for a pass that is not there
     targets = [parse_target(t) for t in dict.fromkeys(recipe.targets)]
     tables: dict[str, Table] = {table.target: table.tiles for table in recipe.tiles}

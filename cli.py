@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
+from . import __version__
 from .console import answering, bench_view, facts_view, pairs, progress_bar, steps_view, tune_view
 from .errors import BadRequest
 
@@ -69,6 +70,24 @@ def _terminated(number: int, _frame: FrameType | None) -> NoReturn:
 # --- commands -------------------------------------------------------------------------------------
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tokenmill {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def optimize(
     model: Annotated[
@@ -88,19 +107,22 @@ def optimize(
         str | None,
         typer.Option(
             metavar="FORMAT",
-            help="fp32, bf16, int8, int4 (or int4-g32, -g64, -g128), fp8. Default: bf16.",
+            help="Format of the weights: fp32, bf16, int8, int4 (or int4-g32, -g64, -g128), fp8. "
+            "Default: bf16.",
         ),
     ] = None,
     kv: Annotated[
         str | None,
-        typer.Option(metavar="FORMAT", help="Of the cache: fp32, bf16, int8, fp8. Default: bf16."),
+        typer.Option(
+            metavar="FORMAT", help="Format of the cache: fp32, bf16, int8, fp8. Default: bf16."
+        ),
     ] = None,
     rounding: Annotated[
         str | None,
         typer.Option(
             metavar="HOW",
-            help="Of weights: rtn (to the nearest), clip, gptq. Default: gptq with --calibration or a "
-            "budget, else rtn.",
+            help="How weights are rounded: rtn (to the nearest), clip, gptq. Default: gptq with "
+            "--calibration or a budget, else rtn.",
         ),
     ] = None,
     calibration: Annotated[
@@ -124,7 +146,7 @@ def optimize(
         typer.Option(
             metavar="MINUTES",
             min=0.0,
-            help="Train the scales of 4-bit weights for so long, after rounding.",
+            help="After rounding, train the scales of 4-bit weights for this many minutes.",
         ),
     ] = None,
     kv_compress: Annotated[
@@ -136,7 +158,11 @@ def optimize(
     ] = None,
     heal_minutes: Annotated[
         float | None,
-        typer.Option(min=0.0, help="Train the weights of --kv-compress for so long. Default: 10."),
+        typer.Option(
+            metavar="MINUTES",
+            min=0.0,
+            help="How long --kv-compress trains its weights. Default: 10.",
+        ),
     ] = None,
     max_loss: Annotated[
         str | None,
@@ -175,7 +201,7 @@ def optimize(
         bool, typer.Option("--check", help="Run the model before and after every pass.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")
+        bool, typer.Option("--dry-run", help="Show what would be done, and write nothing.")
     ] = False,
     config_only: ConfigOnly = False,
     force: Annotated[
@@ -235,17 +261,26 @@ def optimize(
 def run(
     directory: Dir,
     prompt: Annotated[str, typer.Option(help="The text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to generate.")] = 128,
     temperature: Annotated[
         float, typer.Option(min=0, help="0 takes the likeliest token each time.")
     ] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample among so many tokens; 0: all.")] = 0,
+    top_k: Annotated[
+        int, typer.Option(min=0, help="Sample among this many of the likeliest tokens; 0: all.")
+    ] = 0,
     top_p: Annotated[
-        float, typer.Option(min=0, max=1, help="Sample among the likeliest with this mass.")
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Sample among the likeliest tokens that together have this probability.",
+        ),
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling; the same seed, the same text.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the sampling: the same seed gives the same text.")
+    ] = 0,
     stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text; repeatable.")
+        list[str] | None, typer.Option(help="Stop before this text; repeatable.")
     ] = None,
     device: Device = "auto",
     as_json: Json = False,
@@ -289,10 +324,10 @@ def eval_(
     window: Annotated[int, typer.Option(min=2, help="Tokens that are run together.")] = 512,
     stride: Annotated[int, typer.Option(min=1, help="Tokens from one window to the next.")] = 256,
     continuations: Annotated[
-        int, typer.Option(min=0, help="With --against: prompts that both continue; 0: none.")
+        int, typer.Option(min=0, help="With --against: how many prompts both continue; 0: none.")
     ] = 16,
     continuation_tokens: Annotated[
-        int, typer.Option(min=1, help="At most so many tokens for each.")
+        int, typer.Option(min=1, help="The most tokens of each continuation.")
     ] = 64,
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
@@ -338,7 +373,7 @@ def bench(
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 512,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate after it.")] = 128,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Also decode so many sequences at once.")
+        int | None, typer.Option(min=1, help="Also decode this many sequences at once.")
     ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Default: the cores that this process may use.")
@@ -393,10 +428,13 @@ def tune(
         ),
     ] = None,
     only: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Only kernels whose names hold this.")
+        str | None, typer.Option(metavar="TEXT", help="Only kernels whose names contain this text.")
     ] = None,
     seconds: Annotated[
-        float | None, typer.Option(min=0, help="About how long. Default: until all is measured.")
+        float | None,
+        typer.Option(
+            min=0, help="About how long to measure. Default: until everything is measured."
+        ),
     ] = None,
     extension: Extension = None,
     as_json: Json = False,
@@ -459,7 +497,8 @@ def export(
         typer.Option(help="onnx: for onnxruntime; hf: a checkpoint for transformers and others."),
     ],
     provider: Annotated[
-        Literal["cpu", "cuda"], typer.Option(help="Of onnxruntime: what the model is for.")
+        Literal["cpu", "cuda"],
+        typer.Option(help="Execution provider of onnxruntime that the model is for."),
     ] = "cpu",
     activations: Annotated[
         Literal["int8", "fp32"],
@@ -479,7 +518,7 @@ def export(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write the model of the artifact DIR in a format of others.
+    """Write the model of the artifact DIR for another engine.
 
     The result is run and compared with the artifact before it takes its place; OUT/export.json says what was
     measured, and the hash of every file.
@@ -584,6 +623,11 @@ def _look_into(
 
 
 def _artifact_subject(artifact: Artifact) -> _Subject:
+    if not artifact.manifest.report:
+        raise BadRequest(
+            reason=f"{str(artifact.path)!r} was written without a report",
+            advice="compile the model again: tokenmill optimize MODEL -o DIR",
+        )
     names = sorted(artifact.manifest.files)
     texts = {
         name: (artifact.path / name).read_text("utf-8")

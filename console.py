@@ -210,7 +210,11 @@ def _quantized(found: Mapping[str, Any] | None) -> str:
         f"{share} of the parameters (expected {expected}), {found['bits']:.2f} bits each on average"
     )
     missed = [f"not {e['wanted']}: {e['weight']}, {e['reason']}" for e in found["escaped"]]
-    return "\n".join([head, *missed])
+    idle = [
+        f"warning: rule {pattern!r} matches no weight that has a format"
+        for pattern in found.get("idle_rules", ())
+    ]
+    return "\n".join([head, *missed, *idle])
 
 
 def _passes(facts: Mapping[str, Any]) -> Table:

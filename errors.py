@@ -186,7 +186,7 @@ class OutputExists(TokenmillError):
 
 
 class OutputForeign(TokenmillError):
-    what = "{path!r} is not a tokenmill artifact, so it will not be replaced"
+    what = "{path!r} is not {kind}, so it will not be replaced"
     remedy = "choose another directory, or remove that one yourself"
 
 
@@ -197,7 +197,7 @@ class ExportDiffers(TokenmillError):
 
 class OutputFailed(TokenmillError):
     what = "could not write {path!r}: {reason}"
-    remedy = "free space or choose another place; nothing was left behind"
+    remedy = "free space or choose another place; nothing half-written was left behind"
 
 
 # --- the artifact -----------------------------------------------------------------------------------
@@ -211,6 +211,13 @@ class NotAnArtifact(TokenmillError):
 class ArtifactDamaged(TokenmillError):
     what = "{file}: {reason}"
     remedy = "copy the artifact again or rebuild it with `tokenmill optimize`"
+
+
+class TokenizerDamaged(TokenmillError):
+    what = "{file} is not a tokenizer: {reason}"
+    remedy = (
+        "download the tokenizer.json of this model again, and compile with it beside config.json"
+    )
 
 
 class ArtifactTooNew(TokenmillError):

@@ -82,13 +82,14 @@ class Recorder:
             device: sum(_bytes(b) for b in p.buffers.values() if b.kind == "weight")
             for device, p in plans.items()
         }
-        decisions = next((p.decisions for p in passes if isinstance(p, Quantize)), [])
+        quantize = next((p for p in passes if isinstance(p, Quantize)), Quantize())
+        decisions = quantize.decisions
         share: Counter[str] = Counter()
         stored: Counter[str] = Counter()
         for d in decisions:
             share[d.format] += d.parameters
             stored[d.format] += d.bytes
-        total = sum(share.values())
+        total = sum(share.values()) or 1
         kv_bytes = sum(c.row_bytes for c in plan.caches)
         return {
             "model": {
@@ -103,7 +104,7 @@ class Recorder:
             "kv_bytes_per_token_expanded": self._expanded * kv.FORMATS[recipe.kv],
             "weights_by_format": {f: n / total for f, n in sorted(share.items())},
             "bytes_by_format": dict(sorted(stored.items())),
-            "quantized": _quantized(decisions),
+            "quantized": _quantized(decisions) | {"idle_rules": quantize.idle},
             "formats": [
                 {"weight": d.weight, "role": d.role, "format": d.format, "parameters": d.parameters,
                  "bytes": d.bytes} for d in decisions
@@ -227,7 +228,7 @@ def memory(weights: int, arena: int, row: int, positions: int) -> dict[str, Any]
         room = gigabytes * 10**9 - arena
         if room <= 0:
             continue
-        cards = -(-(weights + row) // room)
+        cards = max(1, -(-(weights + row) // room))
         tokens = (cards * room - weights) // row if row else 0
         rows.append({
             "card_bytes": gigabytes * 10**9, "cards": cards, "tokens": tokens,

@@ -321,7 +321,8 @@ class Healing(BaseModel):
     @classmethod
     def _short(cls, data: Any) -> Any:
         """A number stands for minutes."""
-        return {"minutes": data} if isinstance(data, int | float) else data
+        number = isinstance(data, int | float) and not isinstance(data, bool)
+        return {"minutes": data} if number else data
 
 
 class Recipe(BaseModel):
@@ -522,16 +523,19 @@ _OWNERS: dict[str, type[BaseModel]] = {
     "rules": Rule,
     "passes": UserPass,
     "budget": Budget,
+    "kv_compress": KvCompress,
+    "heal_scales": Healing,
     "tiles": TileTable,
 }
 
 
 def _bad_recipe(detail: ErrorDetails) -> BadRecipe:
     where = _location(detail["loc"])
+    field = re.split(r"[.\[]", where)[0]
     reason = detail["msg"].removeprefix("Value error, ")
     match detail["type"]:
         case "extra_forbidden":
-            owner = _OWNERS.get(re.split(r"[.\[]", where)[0], Recipe)
+            owner = _OWNERS.get(field, Recipe)
             reason, advice = "unknown field", f"known fields: {', '.join(owner.model_fields)}"
         case "literal_error" | "unknown_format":
             reason = f"unknown value {detail['input']!r}"
@@ -541,13 +545,14 @@ def _bad_recipe(detail: ErrorDetails) -> BadRecipe:
                 advice += "; one of your own is known once its module is among extensions"
         case "missing":
             needs = {"passes": "a pass needs `use`", "tiles": "a table needs `target` and `tiles`"}
-            field = where.partition("[")[0]
             reason, advice = "missing", needs.get(field, "a rule needs `match` and `format`")
         case "value_error":
             advice = "change or remove it"
         case _:
             reason = f"{reason} (found {detail['input']!r})"
-            advice = f"the defaults are {Recipe().dump()}"
+            advice = f"the default of {field} is {json.dumps(Recipe().dump()[field])}"
+            if field in _OWNERS:
+                advice = f"known fields: {', '.join(_OWNERS[field].model_fields)}"
     return BadRecipe(where=where, reason=reason, advice=advice)
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,22 +24,14 @@ from ..errors import (
     ModelNotFound,
     NeedsRemoteCode,
     NotAModel,
+    TokenmillError,
     WeightsDamaged,
     WeightsMismatch,
     WeightsMissing,
 )
 from .packed import Packed
 from .shards import DTYPES, Shards, Source, header
-from .streaming import (
-    LIBRARY_ERRORS,
-    NotStreamable,
-    Tensors,
-    absent,
-    fake,
-    fill,
-    skeleton,
-    sources,
-)
+from .streaming import Tensors, absent, fake, fill, skeleton, sources
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -94,13 +87,11 @@ class Checkpoint:
             return self._unpacked().to(getattr(torch, dtype))
         transformers = _quiet()
         self.check_values()
-        try:
+        with _loading(self.path):
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 self.path, dtype=dtype, trust_remote_code=self.trust_remote_code,
                 output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True,
             )  # fmt: skip
-        except LIBRARY_ERRORS as error:
-            raise _refused(self.path, error) from error
         _check_loaded(self.path, info)
         return model.eval()
 
@@ -113,7 +104,9 @@ class Checkpoint:
             return self._shapes()
         try:
             model, found = self._open()
-        except (NotStreamable, *LIBRARY_ERRORS) as error:
+        except TokenmillError:
+            raise
+        except Exception as error:  # NotStreamable, or whatever the library's insides raise
             if "quantization_config" in self.config:
                 raise _refused(self.path, error) from error
             return Streamed(self.load(), note=f"loaded as a whole: {_first_line(error)}")
@@ -123,13 +116,11 @@ class Checkpoint:
     def _shapes(self) -> Streamed:
         """The model without numbers."""
         _quiet()
-        try:
+        with _loading(self.path):
             config = self._library_config()
             config.quantization_config = None
             model = skeleton(config, self.trust_remote_code)
             found = absent(model)
-        except LIBRARY_ERRORS as error:
-            raise _refused(self.path, error) from error
         fake(model)
         dtype = str(self._dtype).removeprefix("torch.")
         return Streamed(model, found, f"no weights: their size before is that in {dtype}")
@@ -141,10 +132,8 @@ class Checkpoint:
 
     def _unpacked(self) -> Any:
         """The model with the numbers that the quantized weights stand for."""
-        try:
+        with _loading(self.path):
             model, found = self._open()
-        except (NotStreamable, *LIBRARY_ERRORS) as error:
-            raise _refused(self.path, error) from error
         fill(model, found)
         return model
 
@@ -268,10 +257,7 @@ def _known(config: dict[str, Any]) -> bool:
 def _shards(path: Path) -> Iterator[Path]:
     index = path / _INDEX
     if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
-            raise WeightsDamaged(file=str(index), reason="not an index of shards") from error
+        names = _listed(index)
     elif (path / _SINGLE).is_file():
         names = [_SINGLE]
     else:
@@ -290,6 +276,17 @@ def _shards(path: Path) -> Iterator[Path]:
         if not (path / name).is_file():
             raise WeightsMissing(path=str(path), reason=f"{name} is not there")
         yield path / name
+
+
+def _listed(index: Path) -> list[str]:
+    """The shards that an index names."""
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        if all(isinstance(name, str) for name in names):
+            return sorted(set(names))
+    except (ValueError, KeyError, TypeError, AttributeError):  # said below
+        pass
+    raise WeightsDamaged(file=str(index), reason="not an index of shards")
 
 
 def check_safetensors(file: Path) -> None:
@@ -354,13 +351,26 @@ def _check_loaded(path: Path, info: dict[str, Any]) -> None:
         raise WeightsMismatch(name=extra[0], reason="the config has no place for it")
 
 
+@contextmanager
+def _loading(path: Path) -> Iterator[None]:
+    """Turn what the library raises, of whatever type, into NotAModel."""
+    try:
+        yield
+    except TokenmillError:
+        raise
+    except Exception as error:
+        raise _refused(path, error) from error
+
+
 def _refused(path: Path, error: Exception) -> NotAModel:
     return NotAModel(path=str(path), reason=f"transformers cannot load it ({_first_line(error)})")
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    """The first line that says something; of a bare key, also what went wrong with it."""
+    lines = [line for part in str(error).splitlines() if (line := part.strip())]
+    text = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])[:200]
+    return text if " " in text else f"{type(error).__name__} {text}".strip()
 
 
 def _quiet() -> Any:

@@ -7,7 +7,8 @@ One opaque op per attention (``ALL_ATTENTION_FUNCTIONS``) and one per experts bl
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from typing import Any, NoReturn
@@ -61,7 +62,8 @@ def capture_pretrained(
         # Frequencies are those that it was made with, so it need not ask for the length.
         if getattr(module, "rope_type", None) == "longrope":
             module.rope_type = "default"
-    ALL_ATTENTION_FUNCTIONS.register(_NAME, _attention)
+    windows: list[int] = []
+    ALL_ATTENTION_FUNCTIONS.register(_NAME, partial(_attention, windows))
     # Models that do not use the interface keep their own code, which passes read, and its masks.
     model.set_attn_implementation(_NAME if _uses_interface(model) else "eager")
     if blocks := [m for m in model.modules() if hasattr(m, "is_concatenated")]:
@@ -69,14 +71,17 @@ def capture_pretrained(
         activations = {id(m): _activation(m) for m in blocks}
         ALL_EXPERTS_FUNCTIONS.register(_NAME, partial(_experts, activations))
         model.set_experts_implementation(_NAME)
-    program = capture(
-        model,
-        call=lambda m, ids, positions: m(input_ids=ids, position_ids=positions, use_cache=False),
-        takes_positions=True,
-        max_positions=_positions(config),
-        name=name,
-        sources=sources,
-    )
+    with _masks_noted(model, windows):
+        program = capture(
+            model,
+            call=lambda m, ids, positions: m(
+                input_ids=ids, position_ids=positions, use_cache=False
+            ),
+            takes_positions=True,
+            max_positions=_positions(config),
+            name=name,
+            sources=sources,
+        )
     if not any(n.target in _ATTENTIONS for n in program.graph.nodes):
         raise Unsupported(
             reason=f"there is no attention in {type(model).__name__}",
@@ -90,6 +95,36 @@ def _uses_interface(model: Any) -> bool:
     """Whether attention modules look their function up in the library's registry."""
     sources = {sys.modules.get(type(m).__module__) for m in model.modules()}
     return any(hasattr(s, "ALL_ATTENTION_FUNCTIONS") for s in sources if s is not None)
+
+
+@contextmanager
+def _masks_noted(model: Any, windows: list[int]) -> Iterator[None]:
+    """Meanwhile every mask that the model's code asks for adds its window to ``windows``, 0 if it has none.
+
+    Some models tell attention of a window by the mask alone.
+    """
+
+    def noting(make: Callable[..., Any], windowed: bool) -> Callable[..., Any]:
+        def made(config: Any, *args: Any, **options: Any) -> Any:
+            windows.append(int(getattr(config, "sliding_window", None) or 0) if windowed else 0)
+            return make(config, *args, **options)
+
+        return made
+
+    makers = {"create_causal_mask": False, "create_sliding_window_causal_mask": True}
+    found = [
+        (source, name, getattr(source, name))
+        for source in {sys.modules.get(type(m).__module__) for m in model.modules()}
+        for name in makers
+        if hasattr(source, name)
+    ]
+    for source, name, make in found:
+        setattr(source, name, noting(make, makers[name]))
+    try:
+        yield
+    finally:
+        for source, name, make in found:
+            setattr(source, name, make)
 
 
 def _positions(config: Any) -> int:
@@ -121,6 +156,7 @@ def _is_one_for_all(config: Any, rope: Mapping[str, Any]) -> bool:
 
 
 def _attention(
+    windows: list[int],
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -132,7 +168,10 @@ def _attention(
     s_aux: Tensor | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """The library's attention interface: q, k, v ``[1, H, T, D]`` in, ``[1, T, H, D]`` out."""
+    """The library's attention interface: q, k, v ``[1, H, T, D]`` in, ``[1, T, H, D]`` out.
+
+    ``windows`` are those of the masks that the model has made.
+    """
     unknown = sorted(
         k for k, v in rest.items() if k not in _NEUTRAL and v is not None and v is not False
     )
@@ -150,6 +189,9 @@ def _attention(
         size = module.config.attention_chunk_size
         advice = f"shorten max_position_embeddings in config.json to the chunk's {size} tokens"
         _refuse(module, "attention in chunks of the sequence", advice)
+    if not sliding_window:
+        sliding_window = _window_of_mask(windows, kind)
+    kind = kind or "full_attention"
     if kind not in ("full_attention", "sliding_attention") or (
         kind == "sliding_attention" and not sliding_window
     ):
@@ -162,10 +204,19 @@ def _attention(
     return out, None
 
 
-def _layer_type(module: Any) -> str:
+def _layer_type(module: Any) -> str | None:
+    """What the config says of a layer's attention, if it does."""
     config, index = getattr(module, "config", None), getattr(module, "layer_idx", None)
     kinds = getattr(config, "layer_types", None)
-    return kinds[index] if kinds and index is not None else "full_attention"
+    return kinds[index] if kinds and index is not None else None
+
+
+def _window_of_mask(windows: list[int], kind: str | None) -> int:
+    """The window of a layer that is told of none: of the masks for layers of its kind, if there is one."""
+    if kind == "full_attention":
+        return 0
+    found = {window for window in windows if window or kind is None}
+    return found.pop() if len(found) == 1 else 0
 
 
 def _experts(

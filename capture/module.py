@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -28,6 +29,8 @@ _CHECKS = {
     torch.ops.aten.sym_constrain_range_for_size.default,
     torch.ops.aten.sym_constrain_range.default,
 }
+# Prints a stack trace for what is raised as well, and is said in one error here.
+_ECHO = logging.getLogger("torch._subclasses.fake_tensor")
 _EXAMPLE_TOKENS = 7
 _BRANCH_LENGTHS = (1, 2, 9)
 
@@ -67,13 +70,20 @@ def capture(
 
     Raises Unsupported, with the place in the model, if the module cannot be exported that way.
     """
-    ids = example if example is not None else torch.arange(_EXAMPLE_TOKENS)[None]
+    if example is None and max_positions < 3:
+        raise Unsupported(
+            reason=f"a sequence of at most {max_positions} tokens",
+            where="max_position_embeddings of config.json, or the max_positions argument",
+            advice="give it 3 tokens or more",
+        )
+    ids = torch.arange(min(_EXAMPLE_TOKENS, max_positions))[None] if example is None else example
     if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] < 3:
         raise Unsupported(
             reason=f"example ids have shape {tuple(ids.shape)}",
             where="the example_ids argument",
             advice="pass token ids of shape [1, T] with T of at least 3",
         )
+    _require_fp32(model)
     tokens = Dim("tokens", min=1, max=max_positions)
     inputs = (ids, torch.arange(ids.shape[1])[None]) if takes_positions else (ids,)
     with torch.no_grad(), warnings.catch_warnings():
@@ -97,6 +107,16 @@ def capture(
             if not kinds:
                 raise
         return traced([])
+
+
+def _require_fp32(model: nn.Module) -> None:
+    for name, value in model.named_parameters():
+        if value.is_floating_point() and value.dtype != torch.float32:
+            raise Unsupported(
+                reason=f"the model computes in {str(value.dtype).removeprefix('torch.')}",
+                where=name,
+                advice="pass model.float(): the recipe says in which formats weights are stored",
+            )
 
 
 def _check_branches(
@@ -131,6 +151,7 @@ def _like_parameters(model: nn.Module, value: Tensor) -> Tensor:
 def _export(
     module: nn.Module, inputs: tuple[Tensor, ...], dynamic: Any, watched: Watched
 ) -> ExportedProgram:
+    _ECHO.disabled = True
     try:
         # Non-strict only: dynamo has been seen to fold a class test to the wrong constant.
         # The empty table functionalizes and keeps linear and attention whole.
@@ -147,6 +168,8 @@ def _export(
             where=_user_frame(error) or next(iter(watched.fixed), "torch.export"),
             advice=_export_advice(text),
         ) from error
+    finally:
+        _ECHO.disabled = False
 
 
 def _gist(text: str) -> str:

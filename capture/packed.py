@@ -24,16 +24,8 @@ from ..errors import Unsupported
 from ..ir import quant
 from .shards import Part, Shards, Stored
 
-_AWQ_ORDER = (
-    0,
-    2,
-    4,
-    6,
-    1,
-    3,
-    5,
-    7,
-)  # the column that each nibble of an int32 holds, from the lowest
+# The column that each nibble of an int32 holds, from the lowest.
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _ADVICE = (
     "use a bf16 or fp32 checkpoint of this model, or one quantized in a way that is known: {known}"
 )

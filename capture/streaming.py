@@ -23,11 +23,6 @@ from ..ir import quant
 from ..ir.provenance import Rows, rearranged
 from .shards import Source, Stored
 
-# What the library raises when its insides are not as this module knows them, or a model is unusual.
-LIBRARY_ERRORS = (
-    ImportError, AttributeError, KeyError, TypeError, ValueError, RuntimeError, IndexError,
-)  # fmt: skip
-
 
 class NotStreamable(Exception):
     """Why this checkpoint has to be loaded as a whole."""

@@ -70,4 +70,4 @@ def _check(output: Path, force: bool) -> None:
     if not force:
         raise OutputExists(path=str(output))
     if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).is_file()):
-        raise OutputForeign(path=str(output))
+        raise OutputForeign(path=str(output), kind="an export of tokenmill")

@@ -44,10 +44,8 @@ from .scalar import RULES
 from .views import features
 
 _TOKENS = 33  # of a comparison
-_RESULTS, _CUTS = (
-    4,
-    12,
-)  # how many candidates are tried for the end of a block, and for its beginning
+# How many candidates are tried for the end of a block, and for its beginning.
+_RESULTS, _CUTS = 4, 12
 
 
 @dataclass

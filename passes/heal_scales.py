@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..errors import BadRecipe
 from ..ir import quant
 from ..ir.program import Program
 from ..recipe import Healing
@@ -42,8 +43,10 @@ class HealScales(Pass):
     def run(self, program: Program) -> int:
         teacher, scales = before_rounding(program)
         if not scales:
-            self.notes = ["no weight is rounded to fewer than 8 bits: there is nothing to heal"]
-            return 0
+            raise BadRecipe(
+                where="heal_scales", reason="no weight is rounded to fewer than 8 bits",
+                advice="leave it out, or choose int4 for some weights",
+            )  # fmt: skip
         # A room of its own: a conversion of the same model may have been healed too.
         room = self.workspace and self.workspace.room(self.name, {})
         heal = Heal(

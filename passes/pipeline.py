@@ -106,6 +106,11 @@ def pipeline(recipe: Recipe, fit: Fit = Fit(), after: str | None = None) -> list
             where="disable", reason=f"there is no pass {unknown[0]!r}",
             advice=f"passes: {', '.join(sorted(known))}",
         )  # fmt: skip
+    if needed := [p.name for p in passes if p.produces is not None and p.name in recipe.disable]:
+        raise BadRecipe(
+            where="disable", reason=f"what comes after {needed[0]!r} needs it",
+            advice="leave it in; passes that only make the model faster can be disabled",
+        )  # fmt: skip
     begin = 0 if after is None else 1 + [p.name for p in passes].index(after)
     return [p for p in passes[begin:] if p.name not in recipe.disable]
 

@@ -15,7 +15,7 @@ from ..errors import WrongFormat
 from ..ir import quant
 from ..ir.ops import custom_op
 from ..ir.program import Program, Stage, module_path, shape, where
-from ..recipe import Recipe, Role
+from ..recipe import Recipe, Role, Rule
 from .base import Pass, aten, is_call, mill, sweep
 from .weight_slots import Slot, role, slots
 
@@ -46,11 +46,13 @@ class Quantize(Pass):
     """W => dequantize(q, scale), in the format that the recipe gives the weight's role and names
 
     ``decisions`` tells what was decided for every weight, also for those that stay in fp32, and for
-    those that should not have: matrices that an op outside of the dialect multiplies with.
+    those that should not have: matrices that an op outside of the dialect multiplies with.  ``idle`` are
+    the patterns of rules over names that no such weight has.
     """
 
     recipe: Recipe = field(default_factory=Recipe)
     decisions: list[Decision] = field(default_factory=list, init=False)
+    idle: list[str] = field(default_factory=list, init=False)
 
     name = "quantize"
     produces: ClassVar[Stage | None] = Stage.QUANTIZED
@@ -73,6 +75,7 @@ class Quantize(Pass):
         for escape in self._escapes(program):
             decisions[escape.weight, escape.format] = escape
         self.decisions = list(decisions.values())
+        self.idle = [rule.match for rule in self.recipe.rules if self._is_idle(rule)]
         return sum(d.format != "fp32" for d in self.decisions)
 
     @property
@@ -90,7 +93,13 @@ class Quantize(Pass):
                 for d in escaped[:_NAMED]
             ),
             *rest,
+            *(f"rule {pattern!r} matches no weight that has a format" for pattern in self.idle),
         ]
+
+    def _is_idle(self, rule: Rule) -> bool:
+        """Whether a rule over names is for none; one over a role may be meant for other models too."""
+        named = (d for d in self.decisions if d.role != "norm")
+        return rule.role is None and not any(rule.applies(d.originals, d.role) for d in named)
 
     def _escapes(self, program: Program) -> Iterator[Decision]:
         """Decisions for matrices in use that the recipe wants in a format, and that no slot holds."""

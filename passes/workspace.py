@@ -5,38 +5,47 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from ..errors import OutputFailed, OutputForeign
 
 _KEY, _STATE = "key.json", "state.safetensors"
 
 
 class Workspace:
     """A directory of tensors that belongs to one piece of work, told by ``key``; what another one left there
-    is removed.  Files are complete or absent: each is written beside its place and renamed.
+    is removed.  It is made when there is something to keep.  Files are complete or absent: each is written
+    beside its place and renamed.
+
+    Raises OutputForeign if there is something else at ``path``, OutputFailed when the disk does.
     """
 
-    def __init__(self, path: Path, key: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, key: Mapping[str, Any], parent: Workspace | None = None) -> None:
         self.path = path
-        text = json.dumps(key, sort_keys=True)
+        self._key = json.dumps(key, sort_keys=True)
+        self._parent = parent
         mark = path / _KEY
-        if not (mark.is_file() and mark.read_text() == text):
-            self.remove()
-            path.mkdir(parents=True)
-            mark.write_text(text)
+        with self._reporting():
+            if mark.is_file():
+                if mark.read_text() != self._key:
+                    self.remove()
+            elif path.exists() and not (path.is_dir() and not any(path.iterdir())):
+                raise OutputForeign(path=str(path), kind="the unfinished work of a compile")
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def room(self, name: str, key: Mapping[str, Any]) -> Workspace:
         """A directory inside for one of several pieces of work, with results and a state of its own."""
-        return Workspace(self.path / name, key)
+        return Workspace(self.path / name, key, self)
 
     # --- results, kept under a name
 
@@ -83,6 +92,25 @@ class Workspace:
         return self.path / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
 
     def _write(self, file: Path, tensors: Mapping[str, Tensor], about: dict[str, str]) -> None:
-        beside = file.with_suffix(".partial")
-        save_file({k: t.contiguous() for k, t in tensors.items()}, beside, about)
-        beside.rename(file)
+        with self._reporting():
+            self._make()
+            beside = file.with_suffix(".partial")
+            save_file({k: t.contiguous() for k, t in tensors.items()}, beside, about)
+            beside.rename(file)
+
+    def _make(self) -> None:
+        """The directory, with the mark that tells whose it is."""
+        if self._parent:
+            self._parent._make()
+        mark = self.path / _KEY
+        if not mark.is_file():
+            self.path.mkdir(parents=True, exist_ok=True)
+            mark.write_text(self._key)
+
+    @contextmanager
+    def _reporting(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise OutputFailed(path=str(self.path), reason=reason) from error

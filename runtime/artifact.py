@@ -264,17 +264,22 @@ class ArtifactWriter:
 
 
 def check_output(path: str | os.PathLike[str], force: bool) -> None:
-    """Raise OutputExists or OutputForeign if an artifact may not be written to ``path``.
+    """Raise OutputExists, OutputForeign or OutputFailed if an artifact may not, or cannot, be written there.
 
-    Without ``force`` nothing may be there; with it an artifact or an empty directory is replaced.
+    Without ``force`` nothing may be at ``path``; with it an artifact or an empty directory is replaced.
     """
     target = Path(path)
     if not os.path.lexists(target):
+        parent = next(p for p in target.absolute().parents if os.path.lexists(p))
+        if not parent.is_dir():
+            raise errors.OutputFailed(path=str(path), reason=f"{parent} is not a directory")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise errors.OutputFailed(path=str(path), reason=f"no permission to write in {parent}")
         return
     if not force:
         raise errors.OutputExists(path=str(path))
     if not target.is_dir() or (any(target.iterdir()) and not _looks_like_artifact(target)):
-        raise errors.OutputForeign(path=str(path))
+        raise errors.OutputForeign(path=str(path), kind="a tokenmill artifact")
 
 
 def _looks_like_artifact(path: Path) -> bool:

@@ -25,6 +25,10 @@ from .memory import Arena, allocate
 from .tensors import Tensor
 
 ABI_VERSION = 1
+MOST_THREADS = 4 * max(os.cpu_count() or 1, 16)  # more is a slip: they only wait for each other
+QUOTA = Path(
+    "/sys/fs/cgroup/cpu.max"
+)  # microseconds of processor time, and the period that they are for
 WEIGHT_ALIGN = 16
 
 # Names that differ between systems for the same machine.
@@ -56,12 +60,17 @@ class CpuExecutor:
 
     By default it takes all cores that the process may use, and cache for the longest sequence or
     more (:func:`default_cache_tokens`).  Raises ForeignTarget if no kernels of the artifact run on
-    this machine, ArtifactDamaged if its parts do not fit each other.
+    this machine, ArtifactDamaged if its parts do not fit each other, BadRequest for threads without sense.
     """
 
     def __init__(
         self, artifact: Artifact, threads: int | None = None, cache_tokens: int | None = None
     ) -> None:
+        if threads and threads > MOST_THREADS:
+            raise errors.BadRequest(
+                reason=f"{threads} threads, on a machine with {os.cpu_count()} cores",
+                advice="pass as many as there are cores, or leave it out",
+            )
         self.target = choose_target(artifact.targets)
         self.layout = layout = Layout.parse(artifact.plan)
         self.threads = threads or available_cores()
@@ -158,10 +167,14 @@ class CpuExecutor:
 
 
 def available_cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores that this process may run on, as many as a container's quota pays for."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    try:
+        quota, period = QUOTA.read_text().split()
+    except (OSError, ValueError):  # no control group, or one of another version
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
 def default_cache_tokens(layout: Layout) -> int:

@@ -87,7 +87,7 @@ class Manifest:
             raise errors.ArtifactDamaged(file=file, reason="its contents do not match its digest")
         try:
             return _from_json(body)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise errors.ArtifactDamaged(file=file, reason=f"malformed: {error}") from error
 
 
@@ -125,6 +125,9 @@ def _from_json(body: Mapping[str, Any]) -> Manifest:
         Target(t["name"], check_inside(t["directory"]), tuple(t["needs"]), t.get("machine", ""))
         for t in body["targets"]
     )
+    for key in ("toolchain", "recipe", "report"):
+        if not isinstance(body[key], dict):
+            raise TypeError(f"{key} is not an object")
     for target in targets:  # only what is hashed may be loaded
         if target.entry not in files:
             raise ValueError(f"target {target.name!r} has no {target.entry}")

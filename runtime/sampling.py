@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import numpy as np
@@ -32,8 +33,14 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p"):
+            _require(isinstance(v := getattr(self, name), Real), name, v, "that is a number")
+        for name in ("top_k", "seed"):
+            _require(
+                isinstance(v := getattr(self, name), Integral), name, v, "that is a whole number"
+            )
         finite = math.isfinite(self.temperature)
-        _require(finite and self.temperature >= 0, "temperature", self.temperature, "at least 0")
+        _require(finite and self.temperature >= 0, "temperature", self.temperature, "from 0 on")
         _require(self.top_k >= 0, "top_k", self.top_k, "at least 0 (0 keeps all tokens)")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _require(self.seed >= 0, "seed", self.seed, "at least 0")
@@ -104,6 +111,6 @@ def candidates(
     return ids, weights
 
 
-def _require(holds: bool, name: str, value: float, allowed: str) -> None:
+def _require(holds: bool, name: str, value: object, allowed: str) -> None:
     if not holds:
         raise errors.BadRequest(reason=f"{name} is {value}", advice=f"give a {name} {allowed}")

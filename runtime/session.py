@@ -310,7 +310,12 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """A single text or list of ids as a list of one."""
     if isinstance(prompts, str):
         return [prompts]
-    items = list(prompts)
+    if hasattr(prompts, "tolist"):  # an array or a tensor
+        prompts = prompts.tolist()
+    try:
+        items = list(prompts)
+    except TypeError as error:
+        raise _not_a_prompt() from error
     if items and not any(isinstance(item, str) or hasattr(item, "__len__") for item in items):
         return [cast("Sequence[int]", items)]
     return cast("list[Prompt]", items)
@@ -320,8 +325,12 @@ def _as_ids(tokens: Sequence[int]) -> list[int]:
     try:
         return [int(token.__index__()) for token in tokens]
     except (AttributeError, TypeError) as error:
-        reason = "a prompt is neither a text nor a list of token ids"
-        raise errors.BadRequest(reason=reason, advice="pass str or whole numbers") from error
+        raise _not_a_prompt() from error
+
+
+def _not_a_prompt() -> errors.BadRequest:
+    reason = "a prompt is neither a text nor a list of token ids"
+    return errors.BadRequest(reason=reason, advice="pass str or whole numbers")
 
 
 def open_executor(

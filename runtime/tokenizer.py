@@ -18,14 +18,17 @@ CONTEXT = 8  # tokens decoded before the new ones: some decoders treat a text's 
 
 
 class Tokenizer:
-    """``tokenizer.json`` at ``path``; raises MissingExtra without the library."""
+    """``tokenizer.json`` at ``path``; raises MissingExtra without the library, or TokenizerDamaged."""
 
     def __init__(self, path: Path) -> None:
         try:
             from tokenizers import Tokenizer as Library
         except ImportError as error:
             raise errors.MissingExtra(package="tokenizers", purpose="text", extra="hf") from error
-        self._library: Library = Library.from_file(str(path))
+        try:
+            self._library: Library = Library.from_file(str(path))
+        except Exception as error:  # the library has no type of its own for it
+            raise errors.TokenizerDamaged(file=str(path), reason=str(error)) from error
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids, with the special tokens that the model expects around a text unless ``special``."""

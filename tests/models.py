@@ -87,6 +87,12 @@ _MORE: dict[str, Any] = {
         **_GQA, head_dim=16, intermediate_size_mlp=96, num_local_experts=6, num_experts_per_tok=1,
         no_rope_layers=[1, 0], interleave_moe_layer_step=1, floor_scale=16, attn_scale=0.3,
     ),
+    # a window that only the mask tells of, in one layer
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
+        **_GQA, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24,
+        shared_expert_intermediate_size=40, use_sliding_window=True, sliding_window=40,
+        max_window_layers=1,
+    ),
     # latents of another family
     "mistral4": lambda: transformers.Mistral4Config(
         **_MLA | {"qk_nope_head_dim": 8, "n_group": 1, "topk_group": 1}, q_lora_rank=32,
@@ -98,6 +104,7 @@ FAMILIES: dict[str, tuple[bool, int]] = {
     **dict.fromkeys(_MORE, (False, 0)),
     "gpt_oss": (False, 2),
     "llama4_text": (False, 2),
+    "qwen2_moe": (False, 2),
     "mistral4": (True, 1),
 }
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from tokenmill import optimize
 from tokenmill.capture.checkpoint import open_checkpoint
 from tokenmill.capture.huggingface import capture_pretrained
 from tokenmill.capture.module import capture
-from tokenmill.errors import Unsupported
+from tokenmill.errors import BadRequest, Unsupported
 from tokenmill.ir.ops import load_router
 from tokenmill.ir.program import Program
 from tokenmill.ir.router import RouterSpec
@@ -140,3 +143,30 @@ def test_tied_weights_are_one() -> None:
 
 def test_positions_bound_by_the_config() -> None:
     assert capture_pretrained(pretrained("llama"), "llama").positions == 256
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_module_that_does_not_compute_in_fp32_is_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(Unsupported, match=r"computes in \w+\n  where: embed") as caught:
+        capture(hand_written().to(dtype), max_positions=256)
+    assert "model.float()" in caught.value.advice
+
+
+def test_short_sequences() -> None:
+    model = hand_written()
+    program = capture(model, max_positions=4)
+    ids = tokens(4, program.vocab)
+    torch.testing.assert_close(program.run(ids), eager(model, ids))
+    with pytest.raises(Unsupported, match="at most 2 tokens"):
+        capture(model, max_positions=2)
+
+
+def test_what_cannot_be_a_model() -> None:
+    with pytest.raises(BadRequest, match="a model that is a NoneType"):
+        optimize(None, dry_run=True)  # type: ignore[arg-type]
+
+
+def test_a_recipe_may_be_a_dict() -> None:
+    recipe: Any = {"weights": "int8"}
+    compiled = optimize(hand_written(), recipe=recipe, dry_run=True, max_positions=256)
+    assert compiled.recipe == Recipe(weights="int8")

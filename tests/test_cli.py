@@ -16,10 +16,14 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tokenmill import __version__
 from tokenmill.cli import app
+from tokenmill.runtime.artifact import ArtifactWriter
 from typer.testing import CliRunner, Result
 
-COMMANDS = ["optimize", "run", "eval", "bench", "tune", "inspect", "verify", "doctor"]
+COMMANDS = [
+    "optimize", "run", "eval", "bench", "tune", "inspect", "export", "verify", "doctor",
+]  # fmt: skip
 
 
 def tokenmill(*arguments: object) -> Result:
@@ -53,6 +57,12 @@ def test_every_command_explains_itself(command: str) -> None:
     result = tokenmill(command, "--help")
     assert result.exit_code == 0
     assert "--json" in result.stdout
+
+
+def test_the_version() -> None:
+    assert tokenmill("--version").stdout == f"tokenmill {__version__}\n"
+    command = [sys.executable, "-m", "tokenmill", "--version"]
+    assert subprocess.check_output(command, text=True) == f"tokenmill {__version__}\n"
 
 
 @pytest.mark.parametrize(
@@ -109,6 +119,13 @@ def test_inspect_prints_graphs_and_kernels(int4_artifact: Path) -> None:
     for stage in answer("inspect", int4_artifact)["stages"]:
         assert answer("inspect", int4_artifact, "--graph", stage)["graph"]
     assert "use one of" in refused("inspect", int4_artifact, "--graph", "nowhere")
+
+
+def test_inspect_needs_a_report(tmp_path: Path) -> None:
+    with ArtifactWriter(tmp_path / "bare") as writer:
+        writer.json("plan.json", {})
+        writer.describe(targets=[])
+    assert "without a report" in refused("inspect", tmp_path / "bare")
 
 
 def test_a_dry_run_writes_nothing(tiny_deepseek: Path, tmp_path: Path) -> None:
@@ -219,10 +236,25 @@ def _broken_header(model: Path) -> None:
     file.write_bytes(data)
 
 
-def _contradicted(model: Path) -> None:
-    config = json.loads((model / "config.json").read_text())
-    config["hidden_size"] *= 2
-    (model / "config.json").write_text(json.dumps(config))
+def _configured(**changes: object) -> Callable[[Path], None]:
+    """Damage by changes to config.json."""
+
+    def damage(model: Path) -> None:
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | changes))
+
+    damage.__name__ = "_".join(changes)
+    return damage
+
+
+def _indexed(content: str) -> Callable[[Path], None]:
+    """Damage by an index of shards with this content."""
+
+    def damage(model: Path) -> None:
+        (model / "model.safetensors.index.json").write_text(content)
+
+    damage.__name__ = f"index {content}"
+    return damage
 
 
 @pytest.mark.parametrize(
@@ -234,7 +266,12 @@ def _contradicted(model: Path) -> None:
         _not_json,
         _truncated,
         _broken_header,
-        _contradicted,
+        _configured(hidden_size=512),  # contradicts the weights
+        _configured(rms_norm_eps="x"),
+        _configured(num_attention_heads=0),
+        _indexed("[]"),
+        _indexed('{"weight_map": {"a": 3}}'),
+        _indexed('{"weight_map": {"a": "../secret.safetensors"}}'),
     ],
     ids=lambda damage: damage.__name__.strip("_"),
 )

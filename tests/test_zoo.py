@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from tokenmill import Recipe, optimize
 from tokenmill.capture.huggingface import capture_pretrained
 from tokenmill.capture.module import capture
@@ -82,6 +84,22 @@ def test_families_of_transformers(name: str) -> None:
     assert count(program, attentions) == len(program.caches) == 2
     assert count(program, "experts") == experts
     assert lower(program).extern_steps == []
+
+
+def test_a_window_that_only_the_mask_tells_of() -> None:
+    """In layers of which the config says nothing: they have the one mask that the model makes."""
+    config = transformers.PhimoeConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=20, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, sliding_window=9,
+        max_position_embeddings=POSITIONS,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5 if parameter.dim() > 1 else 1)
+    program = capture_pretrained(copy.deepcopy(model), "phimoe")
+    assert_same(program, model)
 
 
 @pytest.mark.parametrize("name", COMPILED)

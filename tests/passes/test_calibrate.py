@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenmill.errors import Unsupported
+from tokenmill.errors import OutputFailed, OutputForeign, Unsupported
 from tokenmill.ir import quant
 from tokenmill.ir.program import Program, Runner
 from tokenmill.passes import calibrate as module
@@ -188,6 +188,34 @@ def test_the_work_of_another_recipe_is_thrown_away(tmp_path: Path) -> None:
     assert other.load_state() is None
     other.remove()
     assert not (tmp_path / "work").exists()
+
+
+def test_work_leaves_what_is_not_its_own(tmp_path: Path) -> None:
+    mine = tmp_path / "work" / "thesis.tex"
+    mine.parent.mkdir()
+    Workspace(mine.parent, {})  # an empty directory holds nothing to lose
+    mine.write_text("x")
+    with pytest.raises(OutputForeign, match="unfinished work"):
+        Workspace(mine.parent, {})
+    with pytest.raises(OutputForeign):
+        Workspace(mine, {})
+    assert mine.read_text() == "x"
+
+
+def test_work_makes_its_directory_with_the_first_result(tmp_path: Path) -> None:
+    work = Workspace(tmp_path / "work", {"of": "this"})
+    room = work.room("inner", {"of": "that"})
+    assert not work.path.exists()
+    room.keep("a", {"q": torch.ones(2)})
+    again = Workspace(tmp_path / "work", {"of": "this"}).room("inner", {"of": "that"})
+    assert again.has("a")
+
+
+def test_work_that_cannot_be_written(tmp_path: Path) -> None:
+    work = Workspace(tmp_path / "file" / "work", {})
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputFailed, match="work"):
+        work.keep("a", {"q": torch.ones(2)})
 
 
 def test_the_peak_is_foretold() -> None:

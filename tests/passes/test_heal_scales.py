@@ -99,9 +99,8 @@ def test_without_four_bits_there_is_nothing_to_heal() -> None:
     apply(program, FuseLinear(), exact=False)
     apply(program, Quantize(Recipe(weights="int8")), exact=False)
     heal = HealScales(STEPS, _text(8, 1), _text(3, 2))
-    assert heal.run(program) == 0
-    assert heal.facts is None
-    assert "nothing to heal" in heal.notes[0]
+    with pytest.raises(BadRecipe, match="fewer than 8 bits"):
+        heal.run(program)
 
 
 def test_it_is_in_the_pipeline_behind_the_rounding() -> None:

@@ -121,6 +121,8 @@ def test_a_pass_can_be_disabled_by_name() -> None:
     assert "compress_kv" not in names
     with pytest.raises(BadRecipe, match="no pass 'nonsense'"):
         pipeline(Recipe(disable=["nonsense"]))
+    with pytest.raises(BadRecipe, match="after 'insert_cache' needs it"):
+        pipeline(Recipe(disable=["fuse_norm", "insert_cache"]))
 
 
 def test_every_pass_says_what_it_does() -> None:

@@ -61,6 +61,21 @@ def test_notes_tell_the_shares() -> None:
     assert abs(sum(shares.values()) - 100) < 0.1
 
 
+def test_rules_that_match_nothing_are_told() -> None:
+    rules = [
+        Rule(match="layers.*.mlp.*", format="bf16"),
+        Rule(match="layer.*", format="bf16"),  # a typo
+        Rule(match="norm", format="bf16"),  # norms have no format
+        Rule(match="role:router", format="bf16"),
+    ]
+    quantize, _ = _quantized(Recipe(weights="int4", rules=rules))
+    assert quantize.idle == ["layer.*", "norm"]
+    assert quantize.notes[-2:] == [
+        f"rule {name!r} matches no weight that has a format" for name in quantize.idle
+    ]
+    assert _quantized(Recipe(weights="int4"))[0].idle == []
+
+
 def test_bytes_are_what_is_stored() -> None:
     program = decoder()
     quantize = Quantize(Recipe(weights="int4"))

@@ -128,6 +128,18 @@ def test_missing_manifest_keys(artifact, key):
         Artifact.open(artifact)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"files": []}, {"files": None}, {"report": None}, {"recipe": []}, {"toolchain": 1},
+     {"targets": [{"name": 3, "directory": "kernels/cpu-fake", "needs": []}]}],
+    ids=str,
+)  # fmt: skip
+def test_manifest_fields_of_another_type(artifact, change):
+    rewrite_manifest(artifact, lambda data: data.update(change))
+    with pytest.raises(errors.ArtifactDamaged, match="malformed"):
+        Artifact.open(artifact)
+
+
 OUTSIDE = ["../secret", "/etc/passwd", "a/../../secret", "./x", "a//b", "", ".", "C:\\x", "a\\b"]
 
 
@@ -236,6 +248,17 @@ def test_force_spares_what_is_not_an_artifact(tmp_path):
         with pytest.raises(errors.OutputForeign):
             small(path, force=True)
     assert (mine / "thesis.tex").read_text() == "x"
+
+
+def test_an_output_that_cannot_be_is_known_beforehand(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    check_output(tmp_path / "new" / "deep", force=False)
+    with pytest.raises(errors.OutputFailed, match="file is not a directory"):
+        check_output(tmp_path / "file" / "deep" / "out", force=False)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(errors.OutputFailed, match="no permission"):
+        check_output(tmp_path / "out", force=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize(

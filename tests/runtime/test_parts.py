@@ -7,7 +7,7 @@ import pytest
 import tokenmill.errors as errors
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenmill.runtime import Session
+from tokenmill.runtime import Session, cpu
 from tokenmill.runtime.batch import Batch
 from tokenmill.runtime.cache import PAGE, PagePool
 from tokenmill.runtime.layout import Layout
@@ -249,6 +249,13 @@ def feed(stream, ids):
     return [stream.push(token) for token in ids]
 
 
+@pytest.mark.parametrize("content", ["", "{}", "[1]"])
+def test_a_file_that_is_no_tokenizer(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(errors.TokenizerDamaged, match=r"tokenizer\.json is not a tokenizer"):
+        Tokenizer(tmp_path / "tokenizer.json")
+
+
 def test_characters_come_whole(tokenizer):
     stream = TextStream(tokenizer, [])
     assert feed(stream, "aé€😀".encode()) == ["a", "", "é", "", "", "€", "", "", "", "😀"]
@@ -311,3 +318,14 @@ def test_a_missing_tokenizers_library_is_named(model_dir, monkeypatch):
         assert session.generate([[1, 2]], max_new_tokens=2)[0].text == ""
         with pytest.raises(errors.MissingExtra):
             session.generate([[1, 2]], stop=["x"])
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"),
+    [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("9900000 100000", 8), ("", 8)],
+)
+def test_a_container_s_quota_bounds_the_cores(tmp_path, monkeypatch, quota, cores):
+    (tmp_path / "cpu.max").write_text(quota)
+    monkeypatch.setattr(cpu, "QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert cpu.available_cores() == cores

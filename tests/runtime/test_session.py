@@ -162,6 +162,11 @@ def test_without_tokenizer_ids_work_and_text_says_so(fake, tmp_path):
         ({"prompts": [[-1]]}, errors.BadToken),
         ({"prompts": [[1.5]]}, errors.BadRequest),
         ({"prompts": [None]}, errors.BadRequest),
+        ({"prompts": None}, errors.BadRequest),
+        ({"prompts": 3}, errors.BadRequest),
+        ({"prompts": "a", "temperature": "hot"}, errors.BadRequest),
+        ({"prompts": "a", "top_k": 2.5}, errors.BadRequest),
+        ({"prompts": "a", "seed": None}, errors.BadRequest),
         ({"prompts": "a", "temperature": -1.0}, errors.BadRequest),
         ({"prompts": "a", "temperature": float("nan")}, errors.BadRequest),
         ({"prompts": "a", "top_p": 0.0}, errors.BadRequest),
@@ -266,7 +271,9 @@ def test_close_stops_the_pool_and_refuses_further_work(fake, tmp_path):
             call()
 
 
-@pytest.mark.parametrize("options", [{"threads": 0}, {"threads": -2}, {"cache_tokens": 0}])
+@pytest.mark.parametrize(
+    "options", [{"threads": 0}, {"threads": -2}, {"threads": 1 << 20}, {"cache_tokens": 0}]
+)
 def test_session_options_are_checked(model_dir, options):
     with pytest.raises(errors.BadRequest):
         Session(model_dir, **options)
