@@ -24,6 +24,7 @@ from .shards import Source
 
 _NAME = "tokenmill"
 # Keyword arguments of an attention call that say nothing about what it computes.
+_UNTOLD = -1  # instead of a window, where a model says nothing of it
 _NEUTRAL = {
     "position_ids",
     "use_cache",
@@ -163,7 +164,7 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    sliding_window: int | None = None,
+    sliding_window: int | None = _UNTOLD,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **rest: Any,
@@ -189,8 +190,11 @@ def _attention(
         size = module.config.attention_chunk_size
         advice = f"shorten max_position_embeddings in config.json to the chunk's {size} tokens"
         _refuse(module, "attention in chunks of the sequence", advice)
-    if not sliding_window:
-        sliding_window = _window_of_mask(windows, kind)
+    if sliding_window in (None, 0, _UNTOLD):
+        found = _windows_of_masks(windows, kind)
+        if len(found) > 1 and sliding_window == _UNTOLD:
+            _refuse(module, "attention that does not tell its window", "report this model")
+        sliding_window = found.pop() if len(found) == 1 else 0
     kind = kind or "full_attention"
     if kind not in ("full_attention", "sliding_attention") or (
         kind == "sliding_attention" and not sliding_window
@@ -211,12 +215,11 @@ def _layer_type(module: Any) -> str | None:
     return kinds[index] if kinds and index is not None else None
 
 
-def _window_of_mask(windows: list[int], kind: str | None) -> int:
-    """The window of a layer that is told of none: of the masks for layers of its kind, if there is one."""
+def _windows_of_masks(windows: list[int], kind: str | None) -> set[int]:
+    """Those of the masks that may be for a layer of this kind; 0 is the window of a mask without one."""
     if kind == "full_attention":
-        return 0
-    found = {window for window in windows if window or kind is None}
-    return found.pop() if len(found) == 1 else 0
+        return {0}
+    return {window for window in windows if window or kind is None}
 
 
 def _experts(

@@ -10,9 +10,9 @@ import pytest
 import torch
 import transformers
 from tokenmill import Recipe, optimize
-from tokenmill.capture.huggingface import capture_pretrained
+from tokenmill.capture.huggingface import _attention, capture_pretrained
 from tokenmill.capture.module import capture
-from tokenmill.errors import TokenmillError
+from tokenmill.errors import TokenmillError, Unsupported
 from tokenmill.ir.program import Program
 from tokenmill.passes.lower import lower
 from tokenmill.passes.pipeline import Fit, pipeline, relative_error, run_passes
@@ -100,6 +100,13 @@ def test_a_window_that_only_the_mask_tells_of() -> None:
             parameter.mul_(5 if parameter.dim() > 1 else 1)
     program = capture_pretrained(copy.deepcopy(model), "phimoe")
     assert_same(program, model)
+
+
+def test_a_window_that_nothing_tells_of_is_refused() -> None:
+    """The model has masks with one and without, and says of no layer which it takes."""
+    x = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(Unsupported, match="does not tell its window"):
+        _attention([0, 9], nn.Module(), x, x, x, None)
 
 
 @pytest.mark.parametrize("name", COMPILED)
