@@ -1,13 +1,13 @@
 """The KV cache: pages of token rows, one tensor per layer.
 
 A cache is ``[pages, PAGE, row_bytes]`` uint8.  A row is one token: the values of all parts, then, four bytes
-aligned, one fp32 scale per tile of the parts that have scales (INT8, and FP8 in E4M3).  A latent cache has
-parts ``latent`` and ``rope``; grouped-query attention has ``key`` and ``value``.  Token ``j`` of sequence
-``b`` is row ``j % PAGE`` of page ``block_table[b, j // PAGE]``.
+aligned, one fp32 scale per tile of the parts that have scales (INT8, and FP8 in E4M3).  Rows begin at
+multiples of 16 bytes.  A latent cache has parts ``latent`` and ``rope``; grouped-query attention has ``key``
+and ``value``.  Token ``j`` of sequence ``b`` is row ``j % PAGE`` of page ``block_table[b, j // PAGE]``.
 
 >>> spec = CacheSpec("layer0", "int8", (Part("latent", 512, 128), Part("rope", 64, 64)))
 >>> spec.width, spec.row_bytes
-(576, 596)
+(576, 608)
 
 A part may keep a format of its own where three bits of fraction are too few for it, as rotary keys do in an
 FP8 cache of latents: 512 bytes of E4M3, 64 values of BF16 from byte 512 on, four scales from byte 640 on.
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 PAGE = 64
+ROW_ALIGN = 16  # bytes: the widest copies of a GPU move so many, from multiples of them
 FORMATS = {"fp32": 4, "bf16": 2, "int8": 1, "fp8": 1}  # bytes of a value
 # Formats with scales, and what they make of the number in a tile that is largest.
 LARGEST = {"int8": 127.0, "fp8": 448.0}
@@ -109,8 +110,8 @@ class CacheSpec:
     @property
     def row_bytes(self) -> int:
         tiles = sum(place.part.tiles for place in self.places if place.scales is not None)
-        size = max(FORMATS[place.format] for place in self.places)
-        return self.scale_offset + 4 * tiles if tiles else _aligned(self._begins[-1], size)
+        end = self.scale_offset + 4 * tiles if tiles else self._begins[-1]
+        return _aligned(end, ROW_ALIGN)
 
 
 def _aligned(at: int, size: int) -> int:

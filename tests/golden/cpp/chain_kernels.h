@@ -85,7 +85,7 @@ TM_NOINLINE void run(Thread &th, int rows, Rows<float> x, const void *weight, Ro
 
 // cache[block_table[b, p / 64], p % 64] = latent [24], rope [8] of token t, at position p of sequence b
 namespace cache_write_3 {
-constexpr int ROW_BYTES = 44;
+constexpr int ROW_BYTES = 48;
 constexpr size_t SHARED = 0, LOCAL = 0;
 
 TM_NOINLINE void run(Thread &th, int rows, Rows<float> p0, Rows<float> p1, void *cache) {

@@ -10,7 +10,7 @@ namespace mill {
 // w_uk [3, 12, 24], w_uv [3, 10, 24], cache row: c [24], k_pe [8]
 namespace latent_attend_h3_n12_r8_l24_v10_fp8 {
 constexpr int HEADS = 3, NOPE = 12, ROPE = 8, QUERY = NOPE + ROPE;
-constexpr int LATENT = 24, VALUE = 10, ABSORB_BELOW = 20, ROW_BYTES = 44;
+constexpr int LATENT = 24, VALUE = 10, ABSORB_BELOW = 20, ROW_BYTES = 48;
 constexpr float SCALE = 0.22f;
 constexpr int WIDTH = LATENT + ROPE, LATENT_PITCH = round_up(LATENT, STEP);
 constexpr auto LATENT_AT = Span<CacheFp8>{0, 24, 128, 40};
