@@ -1,7 +1,8 @@
 // Attention over a block of keys: scores, softmax, weighted sum, and how the results of blocks are joined.
 //
-// 16 query rows (tokens and heads) stand in the lanes, as a panel of a weight that multiplies the keys;
-// keys and values are read as the cache has them.  A block's result depends on its own keys only, and
+// 16 query rows (tokens and heads) stand in the lanes, as a panel of a weight that multiplies the keys; or
+// where rows are few, 16 keys do, and multiply the rows: either way the same products in the same order.
+// Keys and values are read as the cache has them.  A block's result depends on its own keys only, and
 // results are joined in one order, so a row's bits depend neither on the rows beside it, nor on threads,
 // nor on how a prompt was cut into steps.
 #pragma once
@@ -82,19 +83,20 @@ constexpr bool same = false;
 template <class A>
 constexpr bool same<A, A> = true;
 
-// Rows of a block of keys as Math reads them: in the cache where it holds just that, else decoded.  Rows
-// some KiB apart would all compete for the same few lines of the nearest cache; they are copied too.
-template <class Math, class Cache, int WIDTH, int ROW_BYTES>
+// Rows some KiB apart all compete for the same few lines of the nearest cache.
+constexpr bool compete(int row_bytes) { return row_bytes % 1024 == 0; }
+
+// Rows of COUNT keys as Math reads them: in the cache where it holds just that, else decoded, or copied.
+template <class Math, class Cache, int WIDTH, bool COPY, int COUNT = KEYS>
 struct KeyRows {
   using Value = typename Math::Value;
-  static constexpr bool DIRECT =
-      same<typename Cache::Value, Value> && WIDTH % STEP == 0 && ROW_BYTES % 1024 != 0;
+  static constexpr bool DIRECT = same<typename Cache::Value, Value> && WIDTH % STEP == 0 && !COPY;
   static constexpr int PITCH = steps(WIDTH) * STEP;
-  static constexpr size_t BYTES = DIRECT ? 0 : Scratch::bytes<Value>(KEYS * PITCH);
-  const uint8_t *at[KEYS + 1];  // one more, for an odd count
+  static constexpr size_t BYTES = DIRECT ? 0 : Scratch::bytes<Value>(COUNT * PITCH);
+  const uint8_t *at[COUNT + 1];  // one more, for an odd count
   Value *decoded;
 
-  explicit KeyRows(Scratch &scratch) : decoded(scratch.take<Value>(DIRECT ? 0 : KEYS * PITCH)) {
+  explicit KeyRows(Scratch &scratch) : decoded(scratch.take<Value>(DIRECT ? 0 : COUNT * PITCH)) {
     if (!DIRECT && WIDTH % STEP) memset(decoded, 0, BYTES);
   }
   // Row j: these parts of a row of the cache, one behind the other.
@@ -135,13 +137,17 @@ struct Unscaled : Int8 {
   static TM_INLINE vf scale_at(const void *, int, int) { return splat(1.0f); }
 };
 
-// The 16 rows of packed inputs at `rows` side by side, four bytes of each at a time.
-inline void panel_of_rows(const uint8_t *rows, size_t row_bytes, uint8_t *panel) {
+// 16 rows of packed inputs side by side, four bytes of each at a time.
+inline void panel_of_rows(const uint8_t *const *rows, size_t row_bytes, uint8_t *panel) {
   const int count = (int)(row_bytes / 4);
   for (int c = 0; c < count; c += LANES)
     for (int r = 0; r < PANEL; r += LANES)
-      transpose((const float *)rows + (size_t)r * count + c, count, (float *)panel + (size_t)c * PANEL + r,
-                PANEL);
+      transpose(rows + r, (size_t)c * 4, (float *)panel + (size_t)c * PANEL + r, PANEL);
+}
+inline void panel_of_rows(const uint8_t *rows, size_t row_bytes, uint8_t *panel) {
+  const uint8_t *at[PANEL];
+  for (int r = 0; r < PANEL; r++) at[r] = rows + r * row_bytes;
+  panel_of_rows(at, row_bytes, panel);
 }
 
 // --- results ----------------------------------------------------------------------------------------
@@ -228,31 +234,43 @@ struct Ahead {
   }
 };
 
-struct Block {
-  const uint8_t *q;                            // a panel of 16 query rows
-  const uint8_t *const *keys, *const *values;  // rows; one more than `count` if that is odd
-  int k, columns;                              // values per key, and to sum
-  int count, rows;                             // keys; query rows that exist
-  const float *newest;                         // [16] the last key in the block that a row sees
-  float scale, softcap;
-  int window;
-  Ahead *ahead = nullptr;  // rows of a later block
+// What becomes of the scores of a panel of 16 query rows.
+struct Logits {
+  int count, rows;      // keys; query rows that exist
+  const float *newest;  // [16] the last key in the block that a row sees
+  float scale, softcap = 0.0f;
+  int window = 0;
   const float *slopes = nullptr;  // [16] of ALiBi, per row
 };
 
+struct Block {
+  const uint8_t *q;                            // a panel of 16 query rows
+  const uint8_t *const *keys, *const *values;  // rows; one more than there are keys if that is odd
+  int k, columns;                              // values per key, and to sum
+  Logits logits;
+  Ahead *ahead = nullptr;  // rows of a later block
+};
+
+// For one or more panels of query rows.
 struct BlockScratch {
   float *scores, *shrink;
   uint8_t *p;
-  static constexpr size_t BYTES = Scratch::sizes<float>(KEYS * PANEL, PANEL, KEYS * PANEL);
-  static BlockScratch take(Scratch &s) {
-    float *scores = s.take<float>(KEYS * PANEL), *shrink = s.take<float>(PANEL);
-    return {scores, shrink, s.take<uint8_t>(KEYS * PANEL * 4)};
+  static constexpr size_t bytes(int panels) {
+    return Scratch::sizes<float>(panels * KEYS * PANEL, PANEL, (panels * KEYS + 1) * PANEL);
+  }
+  static BlockScratch take(Scratch &s, int panels) {
+    float *scores = s.take<float>(panels * KEYS * PANEL), *shrink = s.take<float>(PANEL);
+    // A tile reads on behind the last of its rows, so behind the last key as well.
+    return {scores, shrink, s.take<uint8_t>((panels * KEYS + 1) * PANEL * 4)};
+  }
+  TM_INLINE BlockScratch panel(int i) const {
+    return {scores + i * KEYS * PANEL, shrink, p + i * KEYS * PANEL * 4};
   }
 };
 
 // p = exp2(scores - peak); the highest so far shrinks what was summed before.
 template <class Math>
-TM_NOINLINE void softmax(const Block &b, const BlockScratch &scratch, const Partial &to, bool fresh) {
+TM_NOINLINE void softmax(const Logits &b, const BlockScratch &scratch, const Partial &to, bool fresh) {
   constexpr int WAYS = 4;  // independent chains of maxima and sums
   const int count = round_up(b.count, WAYS);
   for (int v = 0; v < VECS && v * LANES < b.rows; v++) {
@@ -296,44 +314,66 @@ TM_NOINLINE void softmax(const Block &b, const BlockScratch &scratch, const Part
   }
 }
 
-// sums[r] = (shrink[r] sums[r]) + p[r] . values for rows [r, r + rows) and 32 columns.
+// sums[t] += p[t] . values for `rows` of T rows and 32 columns, key by key; `fresh` ones start from zero.
 template <class Math, int T>
-TM_NOINLINE void mix_tile(const Block &b, const BlockScratch &scratch, int column, int r, int rows,
-                          const Partial &to, bool fresh) {
+TM_NOINLINE void mix_tile(const uint8_t *const *values, int count, const uint8_t *p, int column, int rows,
+                          const Partial &to, bool fresh, Ahead *later) {
+  float *at = to.sums + column;
   Sums<T> sums = {};
-  const uint8_t *p = scratch.p + r * 4;
-  Ahead ahead = b.ahead ? *b.ahead : Ahead{};
-  for (int j = 0; j < b.count; j += Math::UNIT, p += PANEL * 4) {
-    ahead.fetch();
-    Math::template mix<T>(sums, b.values + j, column, p);
+  TM_UNROLL for (int t = 0; t < T; t++)
+    if (!fresh && t < rows)
+      TM_UNROLL for (int half = 0; half < 2; half++)
+        for (int v = 0; v < VECS; v++)
+          sums[half][t][v] = load(at + (size_t)t * to.pitch + half * PANEL + v * LANES);
+  Ahead ahead = later ? *later : Ahead{};
+  for (int j = 0; j < count; j += Math::UNIT, p += PANEL * 4) {
+    if (later) ahead.fetch();
+    Math::template mix<T>(sums, values + j, column, p);
   }
-  if (b.ahead) *b.ahead = ahead;
+  if (later) *later = ahead;
   TM_UNROLL for (int t = 0; t < T; t++)
     if (t < rows)
       TM_UNROLL for (int half = 0; half < 2; half++)
-        for (int v = 0; v < VECS; v++) {
-          float *x = to.sums + (size_t)(r + t) * to.pitch + column + half * PANEL + v * LANES;
-          store(x, fresh ? sums[half][t][v] : load(x) * scratch.shrink[r + t] + sums[half][t][v]);
-        }
+        for (int v = 0; v < VECS; v++)
+          store(at + (size_t)t * to.pitch + half * PANEL + v * LANES, sums[half][t][v]);
+}
+
+// The same for any number of rows and columns.  USUAL rows are one tile if one holds them.
+template <class Math, int USUAL = 0>
+TM_INLINE void mix(const uint8_t *const *values, int count, const uint8_t *p, int columns, int rows,
+                   const Partial &to, bool fresh, Ahead *later = nullptr) {
+  for (int c = 0; c < columns; c += STEP) {
+    if constexpr (0 < USUAL && USUAL <= TILE_TOKENS)
+      if (rows == USUAL) {
+        mix_tile<Math, USUAL>(values, count, p, c, rows, to, fresh, later);
+        continue;
+      }
+    for (int r = 0; r < rows; r += TILE_TOKENS) {
+      const int n = min(TILE_TOKENS, rows - r);
+#define TM_TILE(T) \
+  if (n <= T) {    \
+    mix_tile<Math, T>(values, count, p + r * 4, c, n, to.row(r), fresh, later); \
+    continue;      \
+  }
+      TM_TILES(TM_TILE)
+#undef TM_TILE
+    }
+  }
 }
 
 // One block's result; or, not `fresh`, joined to what is there.
 template <class Math>
 inline void attend_block(const Block &b, const BlockScratch &scratch, const Partial &to, bool fresh) {
   const typename Math::Panel q{{b.q, nullptr, PANEL, b.k}};
-  product(q, 0, b.keys, b.count, scratch.scores, PANEL);
-  softmax<Math>(b, scratch, to, fresh);
-  for (int c = 0; c < b.columns; c += STEP)
-    for (int r = 0; r < b.rows; r += TILE_TOKENS) {
-      const int n = min(TILE_TOKENS, b.rows - r);
-#define TM_TILE(T) \
-  if (n <= T) {    \
-    mix_tile<Math, T>(b, scratch, c, r, n, to, fresh); \
-    continue;      \
-  }
-      TM_TILES(TM_TILE)
-#undef TM_TILE
+  const int count = b.logits.count, rows = b.logits.rows;
+  product(q, 0, b.keys, count, scratch.scores, PANEL);
+  softmax<Math>(b.logits, scratch, to, fresh);
+  if (!fresh)
+    for (int r = 0; r < rows; r++) {
+      float *x = to.row(r).sums;
+      for (int i = 0; i < b.columns; i += LANES) store(x + i, load(x + i) * scratch.shrink[r]);
     }
+  mix<Math>(b.values, count, scratch.p, b.columns, rows, to, fresh, b.ahead);
 }
 
 // --- work -------------------------------------------------------------------------------------------
@@ -350,17 +390,17 @@ struct TileBatch {
 };
 
 // The queries of a step in tiles of up to `size` tokens, and those in batches of up to `limit` tokens, of
-// sequences that have fewer than `below`.
+// sequences that have from `least` to `most` of them.
 struct Queries {
   const tm_args &a;
-  int size, limit, below, window;
+  int size, limit, least, most, window;
   int sequence = 0, done = 0;
 
   bool next(TileBatch &b) {
     b.count = b.tokens = b.longest = b.blocks = 0;
     for (; sequence < a.sequences; sequence++, done = 0) {
       const int first = a.starts[sequence], n = a.starts[sequence + 1] - first;
-      if (n >= below) continue;
+      if (n < least || n > most) continue;
       while (done < n) {
         if (b.count == TileBatch::MOST || b.tokens == limit) return true;
         const Tile tile{sequence, first + done, min(min(size, n - done), limit - b.tokens), b.tokens};

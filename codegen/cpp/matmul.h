@@ -56,9 +56,12 @@ TM_NOINLINE void tile(const W &w, int panel, const uint8_t *const *x, int tokens
       for (int v = 0; v < VECS; v++) store(y + (size_t)t * pitch + v * LANES, sums[t][v]);
 }
 
-// The same for any number of tokens, in tiles of the sizes that tiles.h lists.
-template <class W>
+// The same for any number of tokens, in tiles of the sizes that tiles.h lists.  USUAL tokens are one tile if
+// one holds them.
+template <class W, int USUAL = 0>
 TM_INLINE void product(const W &w, int panel, const uint8_t *const *x, int tokens, float *y, int pitch) {
+  if constexpr (0 < USUAL && USUAL <= TILE_TOKENS)
+    if (tokens == USUAL) return tile<W, USUAL>(w, panel, x, tokens, y, pitch);
   for (int t = 0; t < tokens; t += TILE_TOKENS) {
     const int n = min(TILE_TOKENS, tokens - t);
     const uint8_t *rows[TILE_TOKENS];

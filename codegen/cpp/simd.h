@@ -65,9 +65,10 @@ TM_INLINE void store_n(float *p, vf x, int n) {
   memcpy(p, &x, (size_t)n * sizeof(float));
 }
 
-// Start to bring these bytes into the nearest cache.
+// Start to bring these bytes into the nearest cache, or the one behind it.
+template <int CACHE = 1>
 TM_INLINE void prefetch(const void *p, size_t bytes) {
-  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch((const uint8_t *)p + i);
+  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch((const uint8_t *)p + i, 0, 4 - CACHE);
 }
 
 TM_INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
@@ -124,10 +125,10 @@ TM_INLINE vf iota(Indices<I...>) {
 }
 TM_INLINE vf iota() { return iota(Lanes{}); }
 
-// dst[c][r] = src[r][c] for LANES x LANES: log2(LANES) perfect shuffles of the rows.
-TM_INLINE void transpose(const float *src, int src_pitch, float *dst, int dst_pitch) {
+// dst[c][r] = word c of the row at rows[r], for LANES x LANES: log2(LANES) perfect shuffles of the rows.
+TM_INLINE void transpose(const uint8_t *const *rows, size_t from, float *dst, int dst_pitch) {
   vf a[LANES], b[LANES];
-  for (int i = 0; i < LANES; i++) a[i] = load(src + (size_t)i * src_pitch);
+  for (int i = 0; i < LANES; i++) a[i] = load((const float *)(rows[i] + from));
   for (int step = 1; step < LANES; step *= 2) {
     for (int i = 0; i < LANES / 2; i++) {
       b[2 * i] = zip_low(a[i], a[i + LANES / 2]);

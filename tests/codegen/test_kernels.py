@@ -57,6 +57,9 @@ ATTENDS = (
     Attend(5, 1, 40, 33, 0.15, "fp8", window=70, sinks=True),
     Attend(6, 2, 24, 20, 0.2, "fp32", slopes=True),
     Attend(4, 1, 40, 33, 0.15, "int8", window=70, sinks=True, slopes=True),
+    # Of a token more rows than lanes in a kv head, or more in all than a job takes.
+    Attend(34, 2, 16, 16, 0.25, "bf16", slopes=True),
+    Attend(70, 70, 8, 12, 0.3, "fp32", softcap=20.0),
 )
 # Absorbed and expanded: up to 8 queries and more; always expanded; always absorbed.  Widths that are whole
 # steps are read where the cache has them, others are decoded.
@@ -165,6 +168,7 @@ SCALED_WRITES = tuple(spec for spec in WRITES if spec.format in LARGEST)
 PORTABLE: tuple[KernelSpec, ...] = (
     *LINEARS[:7],
     *EXPERTS[2:],
+    ATTENDS[0],
     *ATTENDS[2:5],
     ATTENDS[7],
     LATENTS[2],
@@ -297,6 +301,26 @@ def test_matches_reference_on_any_batch(
     seed: int,
 ) -> None:
     check(kernels, spec, tuple(sequences), threads, seed)
+
+
+# Decoding: some tokens of each sequence, as many as leave lanes to keys in some heads and not in others.
+FEW = st.lists(
+    st.tuples(st.sampled_from((0, 1, 15, 63, 64, 127, 128, 300)), st.integers(0, 6)), max_size=4
+)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(sequences=FEW, prompt=st.integers(0, 40), threads=st.integers(1, 3), seed=st.integers(0, 9))
+@pytest.mark.parametrize("spec", ATTENDS, ids=str)
+def test_attention_of_few_rows_matches_reference(
+    kernels: CpuKernels,
+    spec: Attend,
+    sequences: list[tuple[int, int]],
+    prompt: int,
+    threads: int,
+    seed: int,
+) -> None:
+    check(kernels, spec, (*sequences, (7, prompt)), threads, seed)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -21,7 +21,7 @@ using Value = Math::Value;
 using Packed = Math::Panel;
 using Up = Bf16;
 using UpKeys = Bf16;
-using Latents = KeyRows<Math, Cache, WIDTH, ROW_BYTES>;
+using Latents = KeyRows<Math, Cache, WIDTH, compete(ROW_BYTES)>;
 
 // Absorbed: a tile is some tokens of a sequence with all heads, row r is head r % HEADS of token
 // r / HEADS.  Its jobs leave results of their blocks of keys in slots.
@@ -36,7 +36,7 @@ constexpr size_t SHARED = Scratch::sizes<uint8_t>((BATCH * HEADS + PANEL) * ROW)
 constexpr size_t QUERY_LOCAL =
     Scratch::sizes<uint8_t>(BATCH * IN) + Scratch::sizes<float>(NOPE, BATCH * ROW_FLOATS);
 constexpr size_t ABSORBED_LOCAL = Latents::BYTES + Scratch::sizes<uint8_t>(PANELS * PANEL * ROW) +
-                                  Scratch::sizes<float>(PANELS * PANEL) + BlockScratch::BYTES +
+                                  Scratch::sizes<float>(PANELS * PANEL) + BlockScratch::bytes(1) +
                                   2 * Partial::bytes(ROWS, LATENT_PITCH);
 constexpr size_t OUT_LOCAL =
     Scratch::sizes<uint8_t>(BATCH * MIXED) + Scratch::sizes<float>(LATENT_PITCH, BATCH * PANEL);
@@ -50,7 +50,7 @@ constexpr size_t EXPANDED_LOCAL =
     Latents::BYTES + Scratch::sizes<uint8_t>(panels(NOPE) * KEY_PANEL, panels(VALUE) * KEY_PANEL) +
     Scratch::sizes<Value>(KEYS * KEY_PITCH, KEYS * VALUE_PITCH) +
     Scratch::sizes<float>(KEYS * PANEL, PANEL) +
-    Scratch::sizes<uint8_t>(PANEL * QUERY_ROW, QUERIES * QUERY_ROW) + BlockScratch::BYTES +
+    Scratch::sizes<uint8_t>(PANEL * QUERY_ROW, QUERIES * QUERY_ROW) + BlockScratch::bytes(1) +
     Partial::bytes(QUERIES, VALUE_PITCH);
 
 constexpr size_t LOCAL = larger(larger(QUERY_LOCAL, ABSORBED_LOCAL), larger(OUT_LOCAL, EXPANDED_LOCAL));
@@ -109,7 +109,7 @@ struct Call {
     Latents latents(scratch);
     uint8_t *panel = scratch.take<uint8_t>(PANELS * PANEL * ROW);
     float *newest = scratch.take<float>(PANELS * PANEL);
-    const BlockScratch space = BlockScratch::take(scratch);
+    const BlockScratch space = BlockScratch::take(scratch, 1);
     const Partial span = Partial::take(scratch, ROWS, LATENT_PITCH);
     const Partial block = Partial::take(scratch, ROWS, LATENT_PITCH);
     const int rows = tile.tokens * HEADS, p0 = a.positions[tile.first];
@@ -129,8 +129,8 @@ struct Call {
         ahead.end = ahead.at + KEYS * ROW_BYTES;
       }
       for (int r = 0; r < rows; r += PANEL)
-        attend_block<Math>({panel + r * ROW, latents.at, latents.at, WIDTH, LATENT, count,
-                            min(PANEL, rows - r), newest + r, SCALE, 0.0f, 0, &ahead},
+        attend_block<Math>({panel + r * ROW, latents.at, latents.at, WIDTH, LATENT,
+                            {count, min(PANEL, rows - r), newest + r, SCALE}, &ahead},
                            space, result.row(r), true);
     });
   }
@@ -229,7 +229,7 @@ struct Call {
     float *y = scratch.take<float>(KEYS * PANEL), *newest = scratch.take<float>(PANEL);
     uint8_t *row = scratch.take<uint8_t>(PANEL * QUERY_ROW);
     uint8_t *panel = scratch.take<uint8_t>(QUERIES * QUERY_ROW);
-    const BlockScratch space = BlockScratch::take(scratch);
+    const BlockScratch space = BlockScratch::take(scratch, 1);
     const Partial all = Partial::take(scratch, QUERIES, VALUE_PITCH);
 
     turn_keys(h, w_k);
@@ -259,7 +259,7 @@ struct Call {
         const int rows = min(PANEL, tokens - t0);
         for (int r = 0; r < PANEL; r++) newest[r] = (float)(p0 + t0 + min(r, rows - 1) - base);
         attend_block<Math>({panel + t0 * QUERY_ROW, key_rows, value_rows, QUERY, VALUE,
-                            min(here, p0 + t0 + rows - base), rows, newest, SCALE, 0.0f, 0},
+                            {min(here, p0 + t0 + rows - base), rows, newest, SCALE}},
                            space, all.row(t0), base == 0);
       }
     }
@@ -290,7 +290,7 @@ TM_NOINLINE void run(Thread &th, int rows, Rows<float> q, const void *w_uk_w, co
   }
 
   bool later = chunks;
-  Queries few{a, TOKENS, BATCH, ABSORB_BELOW, 0};
+  Queries few{a, TOKENS, BATCH, 1, ABSORB_BELOW - 1, 0};
   for (TileBatch b; few.next(b); later = true) {
     const int grain = call.batch_grain(b), parts = ceil_div(b.blocks, grain);
     if (later) th.barrier();

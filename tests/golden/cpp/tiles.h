@@ -3,5 +3,5 @@
 
 #define TM_TILES(F) F(1) F(2)
 namespace mill {
-constexpr int TILE_TOKENS = 2, ALONE_TOKENS = 4, BLOCK_BYTES = 262144;
+constexpr int TILE_TOKENS = 2, ALONE_TOKENS = 4, BLOCK_BYTES = 262144, FEW_ROWS = 16;
 }
