@@ -29,6 +29,7 @@ _CHECKS = {
     torch.ops.aten.sym_constrain_range_for_size.default,
     torch.ops.aten.sym_constrain_range.default,
 }
+_OWN = ("tokenmill.capture.", "tokenmill.ir.")  # modules whose frames are not the user's code
 # Prints a stack trace for what is raised as well, and is said in one error here.
 _ECHO = logging.getLogger("torch._subclasses.fake_tensor")
 _EXAMPLE_TOKENS = 7
@@ -186,7 +187,7 @@ def _user_frame(error: BaseException) -> str:
         if (
             "/torch/" not in file
             and not file.startswith("<")
-            and "tokenmill" not in trace.tb_frame.f_globals.get("__name__", "")
+            and not trace.tb_frame.f_globals.get("__name__", "").startswith(_OWN)
         ):
             found = f"{file}:{trace.tb_lineno}, in {trace.tb_frame.f_code.co_name}"
         trace = trace.tb_next
