@@ -87,7 +87,6 @@ def emit(spec: Attend, name: str) -> str:
         move_scales=f"scales_ptr += {key_scale} + kv" if scaled else "",
         scaled_score=SCALED_SCORE if scaled else "",
         scaled_weight=fill(SCALED_WEIGHT, heads_kv=spec.heads_kv) if scaled else "",
-        value_tile="settled(widened(value, MATH))" if scaled else "widened(value, MATH)",
         score=_score(spec),
         add_sinks=fill(ADD_SINKS, log2_e=LOG2_E) if spec.sinks else "",
         join_sinks=fill(JOIN_SINKS, log2_e=LOG2_E) if spec.sinks else "",
@@ -376,7 +375,7 @@ def ${symbol}_blocks(
         peak, total, weight, shrink = softmax_step(score, peak, total, MASKED)
         $scaled_weight
         acc *= shrink[:, None]
-        acc = tl.dot(weight.to(MATH), $value_tile, acc, input_precision="ieee")
+        acc = tl.dot(weight.to(MATH), widened(value, MATH), acc, input_precision="ieee")
     return peak, total, acc
 
 

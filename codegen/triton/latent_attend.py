@@ -37,7 +37,8 @@ def symbol(spec: LatentAttend) -> str:
 class Piece:
     """Columns [at, at + width) of the latents or rotary keys of a row, as one tile of the kernel.
 
-    All of them, or of INT8 and FP8 those that share a scale.
+    All of them, or of INT8 and FP8 those that share a scale.  Then the scale need not be multiplied out:
+    q . (s c) = s (q . c), and p (s c) = (p s) c.
     """
 
     name: str  # l0, l1, ... of the latents, r0 of the rotary keys
@@ -107,14 +108,15 @@ def emit(spec: LatentAttend, name: str) -> str:
             f"{_rows(name)} = {name} + rows * {pitch(spec.cache, fmt)}"
             for name, fmt in pointers.items()
         ),
-        load_keys=each(latents, LOAD, LOAD_SCALED, block="LATENT_BLOCK")
+        load_keys=each(latents, LOAD, block="LATENT_BLOCK")
         + "\n"
-        + each(ropes, LOAD, LOAD_SCALED, block="ROPE_BLOCK"),
-        add_scores=each(ropes + latents, ADD_SCORE),
-        add_values=each(latents, ADD_VALUE),
+        + each(ropes, LOAD, block="ROPE_BLOCK"),
+        load_scales=each([p for p in latents + ropes if p.scale is not None], LOAD_SCALE),
+        add_scores=each(ropes + latents, ADD_SCORE, ADD_SCALED_SCORE),
+        add_values=each(latents, ADD_VALUE, ADD_SCALED_VALUE),
         store_sums=each(latents, STORE_SUM),
         store_keys="\n".join(
-            each(pieces, STORE_KEY, pointer=to, block=block, all=str(width))
+            each(pieces, STORE_KEY, STORE_SCALED_KEY, pointer=to, block=block, all=str(width))
             for pieces, to, block, width in (
                 (latents, "latents_ptr", "LATENT_BLOCK", spec.latent),
                 (ropes, "ropes_ptr", "ROPE_BLOCK", spec.rope),
@@ -350,8 +352,7 @@ def expanded_shape(site: Site) -> Shape:
     assert isinstance(spec, LatentAttend)
     keys, value = padded(spec.nope) + padded(spec.rope), padded(spec.value)
     rows, size = 128 if site.rows * spec.heads >= 128 * site.target.sms else 64, 2
-    # Of more keys the scores would have no room in registers beside the sums.
-    blocks: tuple[int, ...] = (64, 32, 16) if warp_groups(site.target, rows) else (32, 16)
+    blocks: tuple[int, ...] = (128, 64, 32, 16) if warp_groups(site.target, rows) else (64, 32, 16)
     if spec.cache_format == "fp32":
         rows, blocks, size = 16, (16,), 4  # no tensor cores for such products
     for block in blocks:
@@ -448,16 +449,19 @@ q_$name = load_rows(q_pe_ptr + $at, real, $width, ROPE_BLOCK, True).to(MATH)
 """
 ZERO_SUM = "sum_$name = tl.zeros([ROWS, LATENT_BLOCK], tl.float32)"
 LOAD = "$name = widened(load_rows($rows + $column, inside, $width, $block, MASKED), MATH)"
-LOAD_SCALED = """
-scale = tl.load(scales_row + $scale, inside, 0.0)[:, None]
-$name = load_rows($rows + $column, inside, $width, $block, MASKED)
-$name = dequantized($name, scale, MATH)
-"""
+LOAD_SCALE = "scale_$name = tl.load(scales_row + $scale, inside, 0.0)[None, :]"
 ADD_SCORE = 'score = tl.dot(q_$name, tl.trans($name), score, input_precision="ieee")'
+ADD_SCALED_SCORE = "score += tl.dot(q_$name, tl.trans($name)) * scale_$name"
 ADD_VALUE = """
 sum_$name = tl.dot(weight.to(MATH), $name, sum_$name * shrink[:, None], input_precision="ieee")
 """
+ADD_SCALED_VALUE = """
+sum_$name = tl.dot((weight * scale_$name).to(MATH), $name, sum_$name * shrink[:, None])
+"""
 STORE_KEY = "store_rows($pointer + token * $all + $at, $name, inside, $width, $block)"
+STORE_SCALED_KEY = """
+store_rows($pointer + token * $all + $at, $name * tl.trans(scale_$name), inside, $width, $block)
+"""
 STORE_SUM = """
 tl.store(mixed_ptr + at + $at, to(sum_$name / total[:, None], mixed_ptr), inside & (cols < $width))
 """
@@ -602,6 +606,7 @@ def ${symbol}_blocks(
         page = page_of(table_ptr, block + 1, end, BLOCK)
         $find_rows
         $load_keys
+        $load_scales
         score = tl.zeros([ROWS, BLOCK], tl.float32)
         $add_scores
         score *= $log2_scale
@@ -713,6 +718,7 @@ def ${symbol}_gather(
     rows = page.to(tl.int64) * 64 + position % 64
     $find_rows
     $load_keys
+    $load_scales
     token = (first + token).to(tl.int64)
     $store_keys
 
