@@ -186,7 +186,7 @@ def optimize(
         check_stored(program, quantize.decisions)
     capacity = Capacity(recipe.max_step_tokens, recipe.max_step_rows)
     plans = {
-        device: _plan(program, capacity, device)
+        device: plan_for(program, capacity, device)
         for device in dict.fromkeys(t.device for t in targets)
     }
 
@@ -489,7 +489,8 @@ def _timeless(facts: dict[str, Any]) -> dict[str, Any]:
     return {**facts, "passes": [{**p, "seconds": None} for p in facts["passes"]]}
 
 
-def _plan(program: Program, capacity: Capacity, device: Device) -> Plan:
+def plan_for(program: Program, capacity: Capacity, device: Device) -> Plan:
+    """The steps of a program on a kind of device, with every buffer in its place."""
     plan = chain(lower(program, capacity, device))
     return memory(plan if device == "cpu" else narrow(plan))
 

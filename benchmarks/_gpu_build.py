@@ -39,16 +39,13 @@ from _gpu_cases import (
     model_batches,
 )
 from tokenmill import codegen
+from tokenmill.api import plan_for
 from tokenmill.codegen import reference
 from tokenmill.codegen.triton import tiles
 from tokenmill.codegen.triton.target import GpuTarget
 from tokenmill.ir import cache
 from tokenmill.ir import plan as plans
 from tokenmill.ir.plan import Capacity, KernelSpec, Plan
-from tokenmill.passes.chain import chain
-from tokenmill.passes.lower import lower
-from tokenmill.passes.memory import memory
-from tokenmill.passes.narrow import narrow
 from tokenmill.passes.pipeline import pipeline, run_passes
 from tokenmill.recipe import Recipe
 from tokenmill.runtime import Artifact, Session
@@ -252,4 +249,4 @@ def lite_plan(fmt: str, layers: int) -> Plan:
     model.model.rotary_emb = type(rotary)(config)
     program = capture_pretrained(model, "deepseek-v2-lite")
     run_passes(program, pipeline(Recipe(weights=fmt)))
-    return memory(narrow(chain(lower(program, Capacity(PROMPT, TOGETHER), "cuda"))))
+    return plan_for(program, Capacity(PROMPT, TOGETHER), "cuda")

@@ -12,7 +12,6 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from numpy.typing import NDArray
-from tokenmill.codegen.reference import operand_width
 from tokenmill.ir import packing, quant
 from tokenmill.ir.plan import (
     ABSORB_BELOW,
@@ -30,6 +29,7 @@ from tokenmill.ir.plan import (
     Route,
     SelectRows,
     Step,
+    operand_width,
 )
 from tokenmill.ir.router import RouterSpec
 from tokenmill.passes.narrow import narrow

@@ -23,8 +23,8 @@ from .module import capture
 from .shards import Source
 
 _NAME = "tokenmill"
-# Keyword arguments of an attention call that say nothing about what it computes.
 _UNTOLD = -1  # instead of a window, where a model says nothing of it
+# Keyword arguments of an attention call that say nothing about what it computes.
 _NEUTRAL = {
     "position_ids",
     "use_cache",

@@ -26,9 +26,8 @@ from .tensors import Tensor
 
 ABI_VERSION = 1
 MOST_THREADS = 4 * max(os.cpu_count() or 1, 16)  # more is a slip: they only wait for each other
-QUOTA = Path(
-    "/sys/fs/cgroup/cpu.max"
-)  # microseconds of processor time, and the period that they are for
+# Microseconds of processor time, and the period that they are for.
+QUOTA = Path("/sys/fs/cgroup/cpu.max")
 WEIGHT_ALIGN = 16
 
 # Names that differ between systems for the same machine.

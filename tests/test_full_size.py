@@ -21,9 +21,8 @@ from tokenmill.codegen import emit
 from tokenmill.errors import BadRequest, ModelNotFound, NotAModel, NumbersMissing
 from tokenmill.facts import graph_text, memory
 from tokenmill.ir.infer import Memo, rule
+from tokenmill.ir.plan import Capacity
 from tokenmill.ir.program import Program
-from tokenmill.passes.lower import lower
-from tokenmill.passes.memory import memory as memory_plan
 from tokenmill.passes.pipeline import pipeline, run_passes
 from tokenmill.recipe import Recipe
 from torch import Tensor, nn
@@ -74,7 +73,7 @@ def shape_of(program: Program) -> str:
 
 def kernels(program: Program) -> dict[str, str]:
     run_passes(program, pipeline(Recipe(weights="int8")))
-    return emit(memory_plan(lower(program)), "cpu-x86-64-v3")
+    return emit(api.plan_for(program, Capacity(), "cpu"), "cpu-x86-64-v3")
 
 
 @pytest.mark.parametrize(

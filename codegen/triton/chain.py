@@ -77,7 +77,7 @@ def launches(site: Site) -> Group:
             launch = _launch(site, link, i)
             constants |= {f"{name}_{i}": value for name, value in launch.kernel.constants}
             constants[f"BLOCKS_{i}"] = launch.grid[1]
-            for arg, param in zip(launch.args[:-1], launch.kernel.params, strict=False):
+            for arg, param in zip(launch.args[:-1], launch.kernel.params[:-1], strict=True):
                 args.append((f"{arg}_{i}" if arg in link.params else arg, param.type))
             warps = max(warps, launch.kernel.warps)
             i += 1

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from textwrap import indent
 
-from .. import text
+from ..text import call as lines
 from ..text import fill
 
 
@@ -29,7 +29,6 @@ def emit(name: str, kernel: RowKernel) -> str:
     launched = fill(
         KERNEL,
         symbol=name,
-        about=kernel.about,
         pointers=parameters([*kernel.pointers, "count_ptr"]),
         constants=parameters(kernel.constants, CONSTANT),
         call=call(f"{name}_row", ["row", "tl.program_id(1)", *given]),
@@ -53,7 +52,7 @@ CONSTANT = "{}: tl.constexpr"
 
 def parameters(names: Sequence[str], form: str = "{}") -> str:
     """Names of parameters, in lines that end with commas."""
-    return text.call("", [form.format(name) for name in names], ",", 4)
+    return lines("", [form.format(name) for name in names], ",", 4)
 
 
 def call(function: str, given: Sequence[str]) -> str:
