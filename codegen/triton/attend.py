@@ -87,6 +87,7 @@ def emit(spec: Attend, name: str) -> str:
         move_scales=f"scales_ptr += {key_scale} + kv" if scaled else "",
         scaled_score=SCALED_SCORE if scaled else "",
         scaled_weight=fill(SCALED_WEIGHT, heads_kv=spec.heads_kv) if scaled else "",
+        value_tile="settled(widened(value, MATH))" if scaled else "widened(value, MATH)",
         score=_score(spec),
         add_sinks=fill(ADD_SINKS, log2_e=LOG2_E) if spec.sinks else "",
         join_sinks=fill(JOIN_SINKS, log2_e=LOG2_E) if spec.sinks else "",
@@ -122,10 +123,10 @@ def fit(target: GpuTarget, rows: int, held: int, block: int) -> tuple[int, int]:
     programs a multiprocessor holds.
 
     For warp groups a block stays in shared memory until its product is done; others read it into registers,
-    and its place is free for the next.
+    and its place is free for the next.  On sm_100, Triton 3.6 takes a buffer more.
     """
     groups, room = warp_groups(target, rows), target.shared_bytes - held - SPARE
-    buffers = min(3 if groups else 2, room // block)
+    buffers = min(3 if groups else 2, room // block - (groups and target.capability == 100))
     if buffers < 1:
         return 0, 1
     used = held + SPARE + buffers * block
@@ -150,7 +151,8 @@ def shape_of(site: Site) -> Shape:
         stages, resident = fit(site.target, rows, *_bytes(spec, rows, block))
         if stages >= 2 or block == 16:
             break
-    return Shape(Tile.of(rows, group), block, 8 if rows >= 128 else 4, max(1, stages), resident)
+    warps = 8 if rows >= 128 or rows * value > 64 * 128 else 4
+    return Shape(Tile.of(rows, group), block, warps, max(1, stages), resident)
 
 
 def _bytes(spec: Attend, rows: int, block: int) -> tuple[int, int]:
@@ -375,7 +377,7 @@ def ${symbol}_blocks(
         peak, total, weight, shrink = softmax_step(score, peak, total, MASKED)
         $scaled_weight
         acc *= shrink[:, None]
-        acc = tl.dot(weight.to(MATH), widened(value, MATH), acc, input_precision="ieee")
+        acc = tl.dot(weight.to(MATH), $value_tile, acc, input_precision="ieee")
     return peak, total, acc
 
 

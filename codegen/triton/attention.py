@@ -195,9 +195,33 @@ def log_joined(lse):
 def widened(x, MATH: tl.constexpr):
     """Values of a cache in the type that they are multiplied in; u8 are the bits of E4M3."""
     if x.dtype == tl.uint8 or x.dtype == tl.float8e4nv:
-        return decode_fp8(x)
+        return decode_fp8(x, MATH)
     else:
         return x.to(MATH)
+
+
+@triton.jit
+def dequantized(x, scales, MATH: tl.constexpr):
+    """Values of a cache [keys, width] times their scales [keys, tiles], in the type of the products."""
+    shape: tl.constexpr = (x.shape[0], scales.shape[1], x.shape[1] // scales.shape[1])
+    values = tl.reshape(widened(x, tl.float32), shape) * scales[:, :, None]
+    return settled(tl.reshape(values.to(MATH), x.shape))
+
+
+@triton.jit
+def settled(x):
+    """x as one tile, for products that read it in another order than it was loaded in, or in two.
+
+    Triton moves the conversion of an operand up to its load, past all that it knows to be elementwise.  Bytes
+    would then be gathered one by one, and for two orders they would be decoded twice and not be loaded ahead.
+    It moves nothing past map_elementwise.
+    """
+    return tl.map_elementwise(_same, x)
+
+
+@triton.jit
+def _same(x):
+    return x
 
 
 @triton.jit

@@ -12,10 +12,10 @@ before them in the cache is attended absorbed, and the softmax goes on from ther
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 
 from ...ir import quant
-from ...ir.cache import FORMATS
+from ...ir.cache import FORMATS, LARGEST, Place
 from ...ir.plan import LatentAttend
 from ..text import fill
 from . import tiles
@@ -33,60 +33,10 @@ def symbol(spec: LatentAttend) -> str:
     return f"latent_attend_{dims}_{spec.cache_format}"
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Columns [at, at + width) of the latents or rotary keys of a row, as one tile of the kernel.
-
-    All of them, or of INT8 and FP8 those that share a scale.  Then the scale need not be multiplied out:
-    q . (s c) = s (q . c), and p (s c) = (p s) c.
-    """
-
-    name: str  # l0, l1, ... of the latents, r0 of the rotary keys
-    at: int
-    width: int
-    rows: str  # what points at the row in the format of these numbers
-    column: int  # of this row
-    scale: int | None  # of the row read as floats
-
-
-def pieces_of(spec: LatentAttend) -> tuple[list[Piece], list[Piece]]:
-    """The latents' and the rotary keys'."""
-    found: list[list[Piece]] = []
-    for place in spec.cache.places:
-        part, scale = place.part, place.scales
-        first = place.values // FORMATS[place.format]
-        size = part.width if scale is None else part.tile
-        found.append([
-            Piece(
-                f"{part.name[0]}{i}",
-                at,
-                min(size, part.width - at),
-                _rows(pointer_to(spec.cache, place)),
-                first + at,
-                None if scale is None else scale // 4 + i,
-            )
-            for i, at in enumerate(range(0, part.width, size))
-        ])  # fmt: skip
-    return found[0], found[1]
-
-
-def _rows(pointer: str) -> str:
-    """The name of the rows of a block of keys that a pointer to the cache leads to."""
-    return f"{pointer.removesuffix('_ptr')}_row"
-
-
 def emit(spec: LatentAttend, name: str) -> str:
-    latents, ropes = pieces_of(spec)
     pointers, scaled_up = cache_pointers(spec.cache), spec.up_format == "int8"
-
-    def each(pieces: list[Piece], line: str, scaled_line: str | None = None, **names: str) -> str:
-        chosen = [line if p.scale is None or scaled_line is None else scaled_line for p in pieces]
-        lines = zip(pieces, chosen, strict=True)
-        return "\n".join(fill(text, **asdict(piece), **names).rstrip() for piece, text in lines)
-
-    def listed(prefix: str, pieces: list[Piece]) -> str:
-        return ", ".join(prefix + piece.name for piece in pieces)
-
+    find = [f"{_rows(to)} = {to} + rows * {pitch(spec.cache, fmt)}" for to, fmt in pointers.items()]
+    load = [_load(spec, place) for place in spec.cache.places]
     return fill(
         TEMPLATE,
         symbol=name,
@@ -100,28 +50,7 @@ def emit(spec: LatentAttend, name: str) -> str:
         pointers=", ".join(pointers),
         math=_math(spec.cache_format),
         up_math=_math(spec.up_format),
-        queries=listed("q_", latents + ropes),
-        sums=listed("sum_", latents),
-        load_queries=each(latents, LOAD_LATENT_QUERY) + "\n" + each(ropes, LOAD_ROPE_QUERY),
-        zero_sums=each(latents, ZERO_SUM),
-        find_rows="\n".join(
-            f"{_rows(name)} = {name} + rows * {pitch(spec.cache, fmt)}"
-            for name, fmt in pointers.items()
-        ),
-        load_keys=each(latents, LOAD, block="LATENT_BLOCK")
-        + "\n"
-        + each(ropes, LOAD, block="ROPE_BLOCK"),
-        load_scales=each([p for p in latents + ropes if p.scale is not None], LOAD_SCALE),
-        add_scores=each(ropes + latents, ADD_SCORE, ADD_SCALED_SCORE),
-        add_values=each(latents, ADD_VALUE, ADD_SCALED_VALUE),
-        store_sums=each(latents, STORE_SUM),
-        store_keys="\n".join(
-            each(pieces, STORE_KEY, STORE_SCALED_KEY, pointer=to, block=block, all=str(width))
-            for pieces, to, block, width in (
-                (latents, "latents_ptr", "LATENT_BLOCK", spec.latent),
-                (ropes, "ropes_ptr", "ROPE_BLOCK", spec.rope),
-            )
-        ),
+        load_keys="\n".join([*find, *load]),
         frames="\n\n".join(_frames(spec, name)),
         long=spec.absorb_below,
         expand_format=_expand_format(spec),
@@ -131,6 +60,32 @@ def emit(spec: LatentAttend, name: str) -> str:
         w_uv_scale="w_uv_scale_ptr, " if scaled_up else "",
         fold_scale=FOLD_SCALE if scaled_up else "",
         apply_scale=APPLY_SCALE if scaled_up else "",
+    )
+
+
+def _rows(pointer: str) -> str:
+    """The name of the rows of a block of keys that a pointer to the cache leads to."""
+    return f"{pointer.removesuffix('_ptr')}_row"
+
+
+def _load(spec: LatentAttend, place: Place) -> str:
+    """Lines that load the latents or the rotary keys of a block."""
+    part, row = place.part, _rows(pointer_to(spec.cache, place))
+    names = {
+        "name": part.name,
+        "block": f"{part.name.upper()}_BLOCK",
+        "width": part.width,
+        "row": f"{row} + {place.values // FORMATS[place.format]}",
+    }
+    if place.scales is None:
+        return fill(LOAD_BESIDE if spec.cache_format in LARGEST else LOAD, **names)
+    tiles = ceil_div(part.width, part.tile)
+    return fill(
+        LOAD_SCALED,
+        **names,
+        scales=f"scales_row + {place.scales // 4}",
+        tiles=tiles,
+        tiles_block=power_of_2(tiles),
     )
 
 
@@ -179,7 +134,7 @@ def shape_of(site: Site) -> Shape:
     width = sum(padded(place.part.width) for place in spec.cache.places)
     # The heads of one query, and more queries where a bucket may hold long prompts.
     rows = max(16, power_of_2(spec.heads)) if site.bucket.tokens < 64 else 64
-    rows = min(rows, 64 if width <= 320 or site.target.shared_bytes > 128 * 1024 else 32)
+    rows = min(rows, 64 if width <= 320 or warp_groups(site.target, rows) else 32)
     blocks: tuple[int, ...] = (64, 32, 16) if warp_groups(site.target, rows) else (32, 16)
     if spec.cache_format == "fp32":
         rows, blocks = 16, (16,)  # no tensor cores for such products
@@ -201,19 +156,21 @@ def _bytes(spec: LatentAttend, rows: int, block: int) -> tuple[int, int]:
     return held, block * sum(n * each for n, each in zip(columns, sizes, strict=True))
 
 
+def _blocks(spec: LatentAttend) -> dict[str, int]:
+    return {"LATENT_BLOCK": padded(spec.latent), "ROPE_BLOCK": padded(spec.rope)}
+
+
 def launches(site: Site) -> Group:
     spec = site.spec
     assert isinstance(spec, LatentAttend)
-    latents, ropes = pieces_of(spec)
     exact, shape = spec.cache_format == "fp32", shape_of(site)
     programs = shape.tile.most(site.bucket) * ceil_div(spec.heads, shape.tile.heads)
-    columns = sum(padded(piece.width) for piece in latents)
     sizes = walk(
         site,
         shape,
         splits(site, programs, shape),
         lambda rows, block: _bytes(spec, rows, block),
-        columns,
+        padded(spec.latent),
         exact,
     )
     tile, shares = Tile.of(sizes.rows, spec.heads), sizes.splits
@@ -232,11 +189,9 @@ def launches(site: Site) -> Group:
         "QUERIES": tile.queries,
         "HEADS_TILE": tile.heads,
         "BLOCK": sizes.block,
-        "LATENT_BLOCK": padded(latents[0].width),
-        "ROPE_BLOCK": padded(ropes[0].width),
+        **_blocks(spec),
         "SPLITS": shares,
         "LEAST": ceil_div(LEAST_KEYS, sizes.block),
-        "UNMASKED": tile.queries > 1,
     }
     args: list[Source] = [
         "q", latent_q, *cache_args(spec.cache, site.target), mixed if shares == 1 else partial, lse,
@@ -352,7 +307,8 @@ def expanded_shape(site: Site) -> Shape:
     assert isinstance(spec, LatentAttend)
     keys, value = padded(spec.nope) + padded(spec.rope), padded(spec.value)
     rows, size = 128 if site.rows * spec.heads >= 128 * site.target.sms else 64, 2
-    blocks: tuple[int, ...] = (128, 64, 32, 16) if warp_groups(site.target, rows) else (64, 32, 16)
+    # Of more keys the scores would have no room in registers beside the sums.
+    blocks: tuple[int, ...] = (64, 32, 16) if warp_groups(site.target, rows) else (32, 16)
     if spec.cache_format == "fp32":
         rows, blocks, size = 16, (16,), 4  # no tensor cores for such products
     for block in blocks:
@@ -374,13 +330,11 @@ def _expanded(site: Site, shares: int) -> tuple[Launch, ...]:
     # So many sequences of a batch may be long, and have a tile that is not full.
     long = min(site.bucket.sequences, site.bucket.tokens // max(1, spec.absorb_below))
     bucket = replace(site.bucket, sequences=long)
-    first, rope = (pieces[0] for pieces in pieces_of(spec))
-    blocks = {"LATENT_BLOCK": padded(first.width), "ROPE_BLOCK": padded(rope.width)}
     gather = site.launch(
         f"{site.symbol}_gather",
         (Tile(GATHERED, GATHERED, 1).most(bucket),),
         [*cache_args(spec.cache, site.target), latents, ropes, *batch[:2], "block_table", batch[2]],
-        {"TABLE_PITCH": site.table_pitch, **sequences, "TOKENS": GATHERED, **blocks},
+        {"TABLE_PITCH": site.table_pitch, **sequences, "TOKENS": GATHERED, **_blocks(spec)},
     )
     expands = [
         _expand(site, latents, up, width, out, batch)
@@ -440,30 +394,18 @@ def _expand(
     )
 
 
-# Lines of the kernel that stand once for each piece.
-LOAD_LATENT_QUERY = """
-q_$name = load_rows(latent_q_ptr + pair * LATENT + $at, real, $width, LATENT_BLOCK, True)
+LOAD = """
+$name = load_rows($row, inside, $width, $block, True)
 """
-LOAD_ROPE_QUERY = """
-q_$name = load_rows(q_pe_ptr + $at, real, $width, ROPE_BLOCK, True).to(MATH)
+# Decoded latents are read behind a barrier.  Scores begin with rotary keys: were these read before it, all
+# queries would be too, and fill the registers.
+LOAD_BESIDE = """
+$name = settled(load_rows($row, inside, $width, $block, True))
 """
-ZERO_SUM = "sum_$name = tl.zeros([ROWS, LATENT_BLOCK], tl.float32)"
-LOAD = "$name = widened(load_rows($rows + $column, inside, $width, $block, MASKED), MATH)"
-LOAD_SCALE = "scale_$name = tl.load(scales_row + $scale, inside, 0.0)[None, :]"
-ADD_SCORE = 'score = tl.dot(q_$name, tl.trans($name), score, input_precision="ieee")'
-ADD_SCALED_SCORE = "score += tl.dot(q_$name, tl.trans($name)) * scale_$name"
-ADD_VALUE = """
-sum_$name = tl.dot(weight.to(MATH), $name, sum_$name * shrink[:, None], input_precision="ieee")
-"""
-ADD_SCALED_VALUE = """
-sum_$name = tl.dot((weight * scale_$name).to(MATH), $name, sum_$name * shrink[:, None])
-"""
-STORE_KEY = "store_rows($pointer + token * $all + $at, $name, inside, $width, $block)"
-STORE_SCALED_KEY = """
-store_rows($pointer + token * $all + $at, $name * tl.trans(scale_$name), inside, $width, $block)
-"""
-STORE_SUM = """
-tl.store(mixed_ptr + at + $at, to(sum_$name / total[:, None], mixed_ptr), inside & (cols < $width))
+LOAD_SCALED = """
+$name = load_rows($row, inside, $width, $block, True)
+scales = load_rows($scales, inside, $tiles, $tiles_block, True)
+$name = dequantized($name, scales, MATH)
 """
 FOLD_SCALE = "q *= tl.load(w_uk_scale_ptr + head * NOPE + nope, nope < NOPE, 0.0)[None, :]"
 APPLY_SCALE = "acc *= tl.load(w_uv_scale_ptr + head * VALUE + value, value < VALUE, 0.0)[None, :]"
@@ -475,7 +417,7 @@ def $symbol(
     Q_PITCH: tl.constexpr, TABLE_PITCH: tl.constexpr, SEQUENCES: tl.constexpr,
     ROWS: tl.constexpr, QUERIES: tl.constexpr, HEADS_TILE: tl.constexpr, BLOCK: tl.constexpr,
     LATENT_BLOCK: tl.constexpr, ROPE_BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr, LEAST: tl.constexpr, UNMASKED: tl.constexpr,
+    SPLITS: tl.constexpr, LEAST: tl.constexpr,
 ):
     """mixed[t, h] = softmax_j($scale * (q_lat[t, h] . c[j] + q_pe[t, h] . k_pe[j])) c[j], j <= p
     for a query at position p; q [tokens, $heads, $nope + $rope], q_lat, mixed [tokens, $heads, $latent],
@@ -491,19 +433,19 @@ def $symbol(
     if queries <= 0:
         return
     query, head, real = pairs_of(queries, tl.program_id(1), HEADS, ROWS, HEADS_TILE)
-    token = (first + query).to(tl.int64)
     position = tl.load(positions_ptr + first)
     last = position + queries - 1
     begin, end = blocks_of(position, last, tl.program_id(2), 0, BLOCK, SPLITS, LEAST)
     if begin >= end:
+        token = (first + query).to(tl.int64)
         result = (token * HEADS + head) * SPLITS + tl.program_id(2)
         tl.store(lse_ptr + result, tl.full([ROWS], NOTHING, tl.float32), real)
         return
     ${symbol}_tile(
         q_ptr, latent_q_ptr, $pointers, mixed_ptr, lse_ptr,
         table_ptr + sequence * TABLE_PITCH,
-        token, head, real, position + query, position, last, begin, end,
-        Q_PITCH, ROWS, BLOCK, LATENT_BLOCK, ROPE_BLOCK, SPLITS, UNMASKED, SPLITS > 1,
+        first.to(tl.int64), query, head, real, position + query, last, begin, end,
+        Q_PITCH, ROWS, BLOCK, LATENT_BLOCK, ROPE_BLOCK, SPLITS, SPLITS > 1,
     )
 
 
@@ -514,7 +456,7 @@ def ${symbol}_some(
     Q_PITCH: tl.constexpr, TABLE_PITCH: tl.constexpr, SEQUENCES: tl.constexpr,
     ROWS: tl.constexpr, QUERIES: tl.constexpr, HEADS_TILE: tl.constexpr, BLOCK: tl.constexpr,
     LATENT_BLOCK: tl.constexpr, ROPE_BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr, LEAST: tl.constexpr, UNMASKED: tl.constexpr,
+    SPLITS: tl.constexpr, LEAST: tl.constexpr,
 ):
     """$symbol where sequences of $long new tokens or more are expanded:
     what those see here stood before them, and the log-sum-exp is left of all.
@@ -526,7 +468,8 @@ def ${symbol}_some(
     HEADS: tl.constexpr = $heads
     begins, ends, before = spans_of(positions_ptr, starts_ptr, sequences_ptr, SEQUENCES)
     tiles = tiles_until(begins, ends, absorbs(begins, ends, before, LONG), QUERIES)
-    for at in range(tl.program_id(0), tl.max(tiles, 0), tl.num_programs(0)):
+    count = tl.max(tiles, 0)
+    for at in tl.range(tl.program_id(0), count, tl.num_programs(0), disable_licm=ROWS > 16):
         sequence, start, stop, first, queries = chosen_tile(at, tiles, starts_ptr, QUERIES)
         query, head, real = pairs_of(queries, tl.program_id(1), HEADS, ROWS, HEADS_TILE)
         position = tl.load(positions_ptr + first)
@@ -536,85 +479,60 @@ def ${symbol}_some(
         ${symbol}_tile(
             q_ptr, latent_q_ptr, $pointers, mixed_ptr, lse_ptr,
             table_ptr + sequence * TABLE_PITCH,
-            (first + query).to(tl.int64), head, real,
-            tl.minimum(position + query, last), tl.minimum(position, last), last, begin, end,
-            Q_PITCH, ROWS, BLOCK, LATENT_BLOCK, ROPE_BLOCK, SPLITS, UNMASKED, True,
+            first.to(tl.int64), query, head, real,
+            tl.minimum(position + query, last), last, begin, end,
+            Q_PITCH, ROWS, BLOCK, LATENT_BLOCK, ROPE_BLOCK, SPLITS, True,
         )
 
 
 @triton.jit
 def ${symbol}_tile(
     q_ptr, latent_q_ptr, $pointers, mixed_ptr, lse_ptr, table_ptr,
-    token, head, real, positions, position, last, begin, end,
+    first, query, head, real, positions, last, begin, end,
     Q_PITCH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     LATENT_BLOCK: tl.constexpr, ROPE_BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr, UNMASKED: tl.constexpr, LSE: tl.constexpr,
+    SPLITS: tl.constexpr, LSE: tl.constexpr,
 ):
-    """A tile of queries with keys up to ``positions``, all of them with those up to ``position``, in blocks
-    [begin, end)."""
+    """A tile of queries from token ``first`` on, each with the keys up to its position, in blocks
+    [begin, end) of them."""
     HEADS: tl.constexpr = $heads
     NOPE: tl.constexpr = $nope
     ROPE: tl.constexpr = $rope
     LATENT: tl.constexpr = $latent
     MATH: tl.constexpr = $math
-    pair = token * HEADS + head
+    pair = query * HEADS + head
     result = pair * SPLITS + tl.program_id(2)
-    q_pe_ptr = q_ptr + token * Q_PITCH + head * (NOPE + ROPE) + NOPE
-    $load_queries
+    q_ptr += first * Q_PITCH
+    latent_q_ptr += first * (HEADS * LATENT)
+    lse_ptr += first * (HEADS * SPLITS)
+    mixed_ptr += first * (HEADS * SPLITS * LATENT)
+    q_at = query * Q_PITCH + head * (NOPE + ROPE) + NOPE
+    q_rope = load_rows(q_ptr + q_at, real, ROPE, ROPE_BLOCK, True).to(MATH)
+    q_latent = load_rows(latent_q_ptr + pair * LATENT, real, LATENT, LATENT_BLOCK, True)
     peak = tl.full([ROWS], NOTHING, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    $zero_sums
-    if UNMASKED:
-        # Blocks that all queries see whole come first.
-        whole = tl.minimum((position + 1) // BLOCK, end)
-        peak, total, $sums = ${symbol}_blocks(
-            $queries, $sums, peak, total,
-            $pointers, table_ptr, positions, last, begin, whole,
-            ROWS, BLOCK, LATENT_BLOCK, ROPE_BLOCK, False,
-        )
-        begin = tl.maximum(begin, whole)
-    peak, total, $sums = ${symbol}_blocks(
-        $queries, $sums, peak, total,
-        $pointers, table_ptr, positions, last, begin, end,
-        ROWS, BLOCK, LATENT_BLOCK, ROPE_BLOCK, True,
-    )
-
-    cols = tl.arange(0, LATENT_BLOCK)[None, :]
-    inside = real[:, None]
-    if LSE:
-        tl.store(lse_ptr + result, log_total(peak, total), real)
-    if SPLITS > 1:
-        inside &= (total != 0.0)[:, None]
-    at = result[:, None] * LATENT + cols
-    $store_sums
-
-
-@triton.jit
-def ${symbol}_blocks(
-    $queries, $sums, peak, total,
-    $pointers, table_ptr, positions, last, begin, end,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, LATENT_BLOCK: tl.constexpr, ROPE_BLOCK: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Blocks [begin, end) of keys joined to a tile's softmax; a latent, loaded once, is key and value."""
-    MATH: tl.constexpr = $math
+    mixed = tl.zeros([ROWS, LATENT_BLOCK], tl.float32)
     page = page_of(table_ptr, begin, end, BLOCK)
-    for block in range(begin, end):
+    # Addresses that stay the same would take registers, of which tall tiles leave none.
+    for block in tl.range(begin, end, disable_licm=ROWS > 16):
         keys = block * BLOCK + tl.arange(0, BLOCK)
         inside = keys <= last
         rows = cache_rows(page, block, BLOCK)
         page = page_of(table_ptr, block + 1, end, BLOCK)
-        $find_rows
         $load_keys
-        $load_scales
-        score = tl.zeros([ROWS, BLOCK], tl.float32)
-        $add_scores
-        score *= $log2_scale
-        if MASKED:
-            score = visible(score, keys, positions, 0)
-        peak, total, weight, shrink = softmax_step(score, peak, total, MASKED)
-        $add_values
-    return peak, total, $sums
+        score = tl.dot(q_rope, tl.trans(rope), input_precision="ieee")
+        score = tl.dot(q_latent, tl.trans(latent), score, input_precision="ieee")
+        score = visible(score * $log2_scale, keys, positions, 0)
+        peak, total, weight, shrink = softmax_step(score, peak, total, True)
+        # A latent, loaded once, is key and value.
+        mixed = tl.dot(weight.to(MATH), latent, mixed * shrink[:, None], input_precision="ieee")
+
+    if LSE:
+        tl.store(lse_ptr + result, log_total(peak, total), real)
+    if SPLITS > 1:
+        real &= total != 0.0
+    mixed *= (1.0 / total)[:, None]
+    store_rows(mixed_ptr + result * LATENT, mixed, real, LATENT, LATENT_BLOCK)
 
 
 @triton.jit
@@ -705,7 +623,6 @@ def ${symbol}_gather(
     the cache; TOKENS of one."""
     wait_for_launches()
     MATH: tl.constexpr = $math
-    MASKED: tl.constexpr = True
     begins, ends, _ = spans_of(positions_ptr, starts_ptr, sequences_ptr, SEQUENCES)
     tiles = tiles_until(begins, ends, ends - begins >= $long, TOKENS)
     sequence, _, _, first, count = chosen_tile(tl.program_id(0), tiles, starts_ptr, TOKENS)
@@ -716,11 +633,10 @@ def ${symbol}_gather(
     position = tl.load(positions_ptr + first) + token
     page = tl.load(table_ptr + sequence * TABLE_PITCH + position // 64, inside, 0)
     rows = page.to(tl.int64) * 64 + position % 64
-    $find_rows
     $load_keys
-    $load_scales
     token = (first + token).to(tl.int64)
-    $store_keys
+    store_rows(latents_ptr + token * $latent, latent, inside, $latent, LATENT_BLOCK)
+    store_rows(ropes_ptr + token * $rope, rope, inside, $rope, ROPE_BLOCK)
 
 
 @triton.jit

@@ -254,7 +254,7 @@ def _fp8(x, w, row, there, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
     """W[row, k] x without scales."""
     weights = _weights(w, row, there, k, K, BLOCK_K)
     if x.dtype == tl.bfloat16:
-        weights = decode_fp8(weights)
+        weights = decode_fp8(weights, tl.bfloat16)
     return tl.dot(weights, x)
 
 

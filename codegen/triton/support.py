@@ -50,8 +50,8 @@ def to(x, pointer):
 
 
 @triton.jit
-def decode_fp8(q):
-    """Finite E4M3 numbers, or their bits where the architecture does not know them, as bf16.
+def decode_fp8(q, MATH: tl.constexpr):
+    """Finite E4M3 numbers, or their bits where the architecture does not know them, as bf16 or fp32.
 
     Exponent and fraction in the place of those of a bf16 number give one that is 2^120 times too small, also
     where they are subnormal.
@@ -59,6 +59,6 @@ def decode_fp8(q):
     if q.dtype == tl.uint8:
         q = q.to(tl.int16)
         bits = ((q & 0x80) << 8) | ((q & 0x7F) << 4)
-        return bits.to(tl.bfloat16, bitcast=True) * 1.329227995784916e36
+        return bits.to(tl.bfloat16, bitcast=True).to(MATH) * 1.329227995784916e36
     else:
-        return q.to(tl.float16).to(tl.float32).to(tl.bfloat16)
+        return q.to(tl.float16).to(tl.float32).to(MATH)

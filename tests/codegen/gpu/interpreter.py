@@ -250,3 +250,5 @@ def mend() -> None:
     builder.create_dot = dot
     builder.binary_op = arithmetic(builder.binary_op)
     builder.unary_op = arithmetic(builder.unary_op)
+    # What is written for one element means the same for all.
+    tl.map_elementwise = lambda function, *operands: function(*operands)
