@@ -370,7 +370,7 @@ def test_expanded_attention_of_wide_heads_compiles(target: str) -> None:
 @pytest.mark.parametrize("fmt", ["bf16", "fp8", "int8"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_absorbed_attention_of_many_heads_spills_nothing(target: str, fmt: str) -> None:
-    """DeepSeek-V3's sizes, decoding and beside long prompts; a few values may wait for the end of the loop."""
+    """DeepSeek-V3's sizes, decoding and beside long prompts; a few values may wait for the loop to end."""
     spec = LatentAttend(128, 128, 64, 512, 128, 0.1, fmt, absorb_below=128)
     files = Emitted((spec,), target, column=0).files
     used = launched(files, 0) + launched(files, -1)
