@@ -131,7 +131,7 @@ def _masks_noted(model: Any, windows: list[int]) -> Iterator[None]:
 def _positions(config: Any) -> int:
     """The most tokens of a sequence; where a config has no limit, that of a usual training run."""
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-    found = [value for name in names if (value := getattr(config, name, None))]
+    found = [value for name in names if (value := getattr(config, name, None)) is not None]
     return int(found[0]) if found else 2048
 
 

@@ -159,6 +159,10 @@ def test_short_sequences() -> None:
     torch.testing.assert_close(program.run(ids), eager(model, ids))
     with pytest.raises(Unsupported, match="at most 2 tokens"):
         capture(model, max_positions=2)
+    model = pretrained("llama")
+    model.config.max_position_embeddings = 0
+    with pytest.raises(Unsupported, match="at most 0 tokens"):
+        capture_pretrained(model, "llama")
 
 
 def test_what_cannot_be_a_model() -> None:
