@@ -118,19 +118,25 @@ def warp_groups(target: GpuTarget, rows: int) -> bool:
     return rows >= 64 and target.capability in (90, 100)
 
 
+def kept(target: GpuTarget, rows: int, stages: int) -> int:
+    """Blocks of keys in shared memory, of a loop of so many stages.
+
+    For warp groups a block stays until its product is done; others read it into registers, and its place is
+    free for the next.  On sm_100, Triton 3.6 takes a buffer more.
+    """
+    if not warp_groups(target, rows):
+        return stages - 1
+    return stages + (target.capability == 100)
+
+
 def fit(target: GpuTarget, rows: int, held: int, block: int) -> tuple[int, int]:
     """Stages of a loop over blocks of ``block`` bytes beside ``held`` ones (0: no room), and how many such
-    programs a multiprocessor holds.
-
-    For warp groups a block stays in shared memory until its product is done; others read it into registers,
-    and its place is free for the next.  On sm_100, Triton 3.6 takes a buffer more.
-    """
-    groups, room = warp_groups(target, rows), target.shared_bytes - held - SPARE
-    buffers = min(3 if groups else 2, room // block - (groups and target.capability == 100))
-    if buffers < 1:
-        return 0, 1
-    used = held + SPARE + buffers * block
-    return buffers if groups else buffers + 1, min(2, target.shared_bytes // used)
+    programs a multiprocessor holds."""
+    for stages in (3, 2, 1):
+        used = held + SPARE + kept(target, rows, stages) * block
+        if used <= target.shared_bytes and kept(target, rows, stages):
+            return stages, min(2, target.shared_bytes // used)
+    return 0, 1
 
 
 def shape_of(site: Site) -> Shape:
@@ -180,7 +186,7 @@ def walk(
 
     def settle(found: Walk) -> Walk | None:
         held, loaded = room(found.rows, found.block)
-        buffers = found.stages - (not warp_groups(site.target, found.rows))
+        buffers = kept(site.target, found.rows, found.stages)
         fits = (
             16 <= found.rows <= (16 if exact else 128)
             and 16 <= found.block <= PAGE
@@ -189,6 +195,7 @@ def walk(
             and found.rows * columns <= SUMS_MOST * 32 * found.warps
             and 1 <= buffers <= 4
             and held + buffers * loaded + SPARE <= site.target.shared_bytes
+            and found.rows * columns * 4 <= site.target.shared_bytes  # on their way to memory
         )
         return found if fits else None
 

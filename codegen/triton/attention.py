@@ -202,7 +202,8 @@ def widened(x, MATH: tl.constexpr):
 
 @triton.jit
 def dequantized(x, scales, MATH: tl.constexpr):
-    """Values of a cache [keys, width] times their scales [keys, tiles], in the type of the products."""
+    """Values of a cache [keys, width] times their scales [keys, tiles], one for width / tiles columns, in the
+    type of the products."""
     shape: tl.constexpr = (x.shape[0], scales.shape[1], x.shape[1] // scales.shape[1])
     values = tl.reshape(widened(x, tl.float32), shape) * scales[:, :, None]
     return settled(tl.reshape(values.to(MATH), x.shape))

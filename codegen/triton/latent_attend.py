@@ -22,8 +22,11 @@ from . import tiles
 from .attend import LEAST_KEYS, LOG2_E, Shape, Tile, fit, padded, splits, walk, warp_groups
 from .cache_write import cache_args, cache_pointers, pitch, pointer_to
 from .launch import Group, Launch, Site, Source, ceil_div, power_of_2
+from .target import GpuTarget
+from .tiles import SUMS_MOST
 
 PROGRAMS = 8  # on a processor, of kernels whose programs take turns
+WARPS = 8  # of an absorbing program at most
 GATHERED = 16  # tokens of a program
 UPS = "w_uk", "w_uv"
 
@@ -36,7 +39,7 @@ def symbol(spec: LatentAttend) -> str:
 def emit(spec: LatentAttend, name: str) -> str:
     pointers, scaled_up = cache_pointers(spec.cache), spec.up_format == "int8"
     find = [f"{_rows(to)} = {to} + rows * {pitch(spec.cache, fmt)}" for to, fmt in pointers.items()]
-    load = [_load(spec, place) for place in spec.cache.places]
+    load = [_load(spec, place).rstrip() for place in spec.cache.places]
     return fill(
         TEMPLATE,
         symbol=name,
@@ -133,17 +136,29 @@ def shape_of(site: Site) -> Shape:
     assert isinstance(spec, LatentAttend)
     width = sum(padded(place.part.width) for place in spec.cache.places)
     # The heads of one query, and more queries where a bucket may hold long prompts.
-    rows = max(16, power_of_2(spec.heads)) if site.bucket.tokens < 64 else 64
-    rows = min(rows, 64 if width <= 320 or warp_groups(site.target, rows) else 32)
-    blocks: tuple[int, ...] = (64, 32, 16) if warp_groups(site.target, rows) else (32, 16)
-    if spec.cache_format == "fp32":
-        rows, blocks = 16, (16,)  # no tensor cores for such products
-    for block in blocks:
+    most = max(16, power_of_2(spec.heads)) if site.bucket.tokens < 64 else 64
+    most = min(most, 64 if width <= 320 or warp_groups(site.target, most) else 32)
+    # No more than there are registers for sums, and memory for these on their way out.
+    sums = min(SUMS_MOST * 32 * WARPS, site.target.shared_bytes // 4)
+    while most > 16 and most * padded(spec.latent) > sums:
+        most //= 2
+    for rows, block in _sizes(site.target, most, spec.cache_format == "fp32"):
         stages, resident = fit(site.target, rows, *_bytes(spec, rows, block))
         if stages >= 2:
             break
-    warps = max(4, min(8, rows // 4))
+    warps = max(4, min(WARPS, rows // 4))
     return Shape(Tile.of(rows, spec.heads), block, warps, max(1, stages), resident)
+
+
+def _sizes(target: GpuTarget, rows: int, exact: bool) -> Iterator[tuple[int, int]]:
+    """Rows of a tile and keys of a block, the largest first."""
+    if exact:  # no tensor cores for such products
+        yield 16, 16
+        return
+    while rows >= 16:
+        for block in (64, 32, 16) if warp_groups(target, rows) else (32, 16):
+            yield rows, block
+        rows //= 2
 
 
 def _bytes(spec: LatentAttend, rows: int, block: int) -> tuple[int, int]:
@@ -397,8 +412,8 @@ def _expand(
 LOAD = """
 $name = load_rows($row, inside, $width, $block, True)
 """
-# Decoded latents are read behind a barrier.  Scores begin with rotary keys: were these read before it, all
-# queries would be too, and fill the registers.
+# For the same barrier as decoded latents: scores begin with rotary keys, and queries that are read before it
+# would stay in registers.
 LOAD_BESIDE = """
 $name = settled(load_rows($row, inside, $width, $block, True))
 """
@@ -493,8 +508,8 @@ def ${symbol}_tile(
     LATENT_BLOCK: tl.constexpr, ROPE_BLOCK: tl.constexpr,
     SPLITS: tl.constexpr, LSE: tl.constexpr,
 ):
-    """A tile of queries from token ``first`` on, each with the keys up to its position, in blocks
-    [begin, end) of them."""
+    """A tile of queries from token ``first`` on, each with the keys up to its entry in ``positions``, in
+    blocks [begin, end) of them."""
     HEADS: tl.constexpr = $heads
     NOPE: tl.constexpr = $nope
     ROPE: tl.constexpr = $rope

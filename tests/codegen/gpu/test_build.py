@@ -385,6 +385,24 @@ def test_absorbed_attention_of_many_heads_spills_nothing(target: str, fmt: str) 
         assert binary.local_bytes <= 48, f"{name} spills {binary.local_bytes} bytes"
 
 
+@pytest.mark.parametrize(
+    ("target", "heads", "latent", "fmt"),
+    [("sm_89", 32, 640, "int8"), ("sm_90", 32, 1024, "fp8"), ("sm_100", 128, 576, "bf16")],
+)
+def test_absorbed_attention_of_wide_latents_fits(
+    target: str, heads: int, latent: int, fmt: str
+) -> None:
+    """Their tiles have fewer rows: registers, shared memory or tensor memory would not do for more."""
+    spec = LatentAttend(heads, 128, 64, latent, 128, 0.1, fmt, absorb_below=128)
+    files = Emitted((spec,), target, column=0).files
+    used, absorbed = launched(files, -1), (fmt, f"{fmt}_some")
+    built = build_some(
+        files, target, lambda b: b["name"] in used and b["function"].endswith(absorbed)
+    )
+    (binary,) = built.binaries.values()
+    assert binary.shared_bytes <= parse_target(target).shared_bytes
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("fmt", ["int8", "fp8"])
 def test_caches_in_bytes_are_read_ahead_and_by_the_line(fmt: str, target: str) -> None:
