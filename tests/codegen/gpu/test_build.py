@@ -108,6 +108,11 @@ def launched(files: dict[str, str], bucket: int) -> list[str]:
     return [launch["binary"] for group in groups for launch in group]
 
 
+def bf16_core(target: str) -> str:
+    """The instruction that multiplies tall tiles of bf16."""
+    return {"sm_90": "wgmma bf16", "sm_100": "tcgen05 f16"}.get(target, "mma bf16")
+
+
 def tool(name: str, *args: str) -> str:
     """What a program inside the Triton wheel says."""
     path = str(resources("triton") / "backends" / "nvidia" / "bin" / name)
@@ -362,7 +367,7 @@ def test_expanded_attention_of_wide_heads_compiles(target: str) -> None:
     functions = {name.rpartition(".")[0].rpartition("_")[2] for name in built.binaries}
     assert functions == {"expand", "expanded"}
     for name, binary in built.binaries.items():
-        expected = {"sm_90": "wgmma bf16", "sm_100": "tcgen05 f16"}.get(target, "mma bf16")
+        expected = bf16_core(target)
         assert binary.tensor_cores == [expected]
         assert binary.local_bytes <= 80, f"{name} spills {binary.local_bytes} bytes"
 
@@ -380,7 +385,7 @@ def test_absorbed_attention_of_many_heads_spills_nothing(target: str, fmt: str) 
     )
     assert len(built.binaries) == 2
     for name, binary in built.binaries.items():
-        expected = {"sm_90": "wgmma bf16", "sm_100": "tcgen05 f16"}.get(target, "mma bf16")
+        expected = bf16_core(target)
         assert binary.tensor_cores == [expected]
         assert binary.local_bytes <= 48, f"{name} spills {binary.local_bytes} bytes"
 
@@ -444,5 +449,5 @@ def test_every_kind_of_kernel_compiles(target: str) -> None:
         assert binary.local_bytes <= 64, f"{name} spills {binary.local_bytes} bytes"
         assert binary.waits == parse_target(target).dependent_launch, name
     cores = {core for binary in built.binaries.values() for core in binary.tensor_cores}
-    expected = {"sm_90": "wgmma bf16", "sm_100": "tcgen05 f16"}.get(target, "mma bf16")
+    expected = bf16_core(target)
     assert expected in cores
